@@ -1,0 +1,485 @@
+#!/usr/bin/env python
+"""Trains a causal language model with the stock Trainer.
+
+    scripts/train_lm.py configs/lm/shared_basis_adagrad.yaml --max_steps 200
+    scripts/train_lm.py --preset gpt2-7m --dataset_name stdlib --max_steps 200
+
+Every key of the YAML file and every `--key` is a field of the dataclasses below or of
+`TrainingArguments`; the command line overrides the file. `import trainer_ext` makes the optimizers
+of this project valid values of `--optim`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import trainer_ext  # noqa: F401  registers the optimizers
+from trainer_ext.config_file import parse_config_and_command_line
+from trainer_ext.data.corpus import STDLIB, Corpus, TextDataset, load_corpus
+from trainer_ext.data.metrics import LanguageModelMetrics, perplexity, sequence_statistics
+from trainer_ext.data.packing import collate_blocks, pack
+from trainer_ext.data.presets import PRESETS, preset_config
+from trainer_ext.data.tokenizer import load_or_train_tokenizer
+
+DEFAULT_PRESET = "gpt2-7m"
+MODEL_DTYPES = ("float32", "bfloat16", "auto")
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Which model: at most one of `preset`, `config_name` and `model_name_or_path`."""
+
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Train a named size from scratch: {', '.join(PRESETS)}. "
+            f"{DEFAULT_PRESET} when no model is named."
+        },
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Train from scratch by a config: a model type, a folder or a Hub name."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Continue from the weights in a folder or on the Hub."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the config of a new model, as n_layer=2,n_head=4."},
+    )
+    model_dtype: str = field(
+        default="float32", metadata={"help": f"Dtype of the weights: {', '.join(MODEL_DTYPES)}."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel: eager, sdpa, flash_attention_2."}
+    )
+
+    def __post_init__(self) -> None:
+        named = {
+            name: getattr(self, name)
+            for name in ("preset", "config_name", "model_name_or_path")
+            if getattr(self, name) is not None
+        }
+        if len(named) > 1:
+            options = " and ".join(f"{name}={value!r}" for name, value in named.items())
+            raise ValueError(f"{options} exclude each other; give at most one")
+        if not named:
+            self.preset = DEFAULT_PRESET
+        if self.model_dtype not in MODEL_DTYPES:
+            raise ValueError(
+                f"model_dtype={self.model_dtype!r} must be one of {', '.join(MODEL_DTYPES)}"
+            )
+        if self.model_name_or_path is not None and self.config_overrides is not None:
+            raise ValueError(
+                f"config_overrides={self.config_overrides!r} would not fit the weights of "
+                f"model_name_or_path={self.model_name_or_path!r}; only new models take it"
+            )
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Which text, tokenised how."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{STDLIB} (the Python library's own source, the default), or a Hub dataset "
+            "with a text column, such as wikitext or allenai/c4."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub dataset, such as en."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local text: plain, .xz, .gz, .jsonl or .jsonl.gz."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Local validation text of the same kind as train_file."}
+    )
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share held out where there is no validation text."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read and pack the text while training; needs max_steps."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Blocks among which a stream is shuffled; 0 keeps order."}
+    )
+    block_size: int = field(default=128, metadata={"help": "Tokens per training sequence."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first N blocks only."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first N blocks only."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of a tokenizer; else one is trained on the text."},
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Size of the trained tokenizer; the model config's when not given."},
+    )
+    tokenizer_train_rows: int = field(
+        default=50_000, metadata={"help": "Rows of training text the tokenizer is trained on."}
+    )
+    tokenizer_cache_dir: str | None = field(
+        default=None, metadata={"help": "Trained tokenizers are kept here; HF_HOME by default."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise and pack."}
+    )
+    save_final_model: bool = field(
+        default=True, metadata={"help": "Save model, tokenizer and model card in output_dir."}
+    )
+
+    def __post_init__(self) -> None:
+        minima = {
+            "block_size": 2,
+            "max_train_samples": 1,
+            "max_eval_samples": 1,
+            "tokenizer_train_rows": 1,
+            "shuffle_buffer_size": 0,
+            "preprocessing_num_workers": 1,
+        }
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name}={value} must be at least {minimum}")
+        if self.tokenizer_name is not None and self.vocab_size is not None:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} has no effect with "
+                f"tokenizer_name={self.tokenizer_name!r}; give one of them"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Parses, prepares, trains, evaluates; returns the final metrics."""
+    model_args, data_args, args = parse_config_and_command_line(
+        (ModelArguments, DataArguments, TrainingArguments),
+        argv,
+        defaults={
+            "do_train": True,
+            "do_eval": True,
+            # Pinning host memory helps copies to an accelerator only.
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+        },
+        description=__doc__,
+    )
+    with one_line_errors():
+        checkpoint = check_run(data_args, args)
+        trainer = build_trainer(model_args, data_args, args)
+    metrics = train_and_evaluate(trainer, args, checkpoint)
+    if data_args.save_final_model:
+        save_results(trainer, model_args, data_args)
+    if trainer.is_world_process_zero():
+        print(summary(metrics, Path(args.output_dir)))
+    return metrics
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a ValueError of the preparation into one line on stderr and exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"train_lm.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def check_run(data_args: DataArguments, args: TrainingArguments) -> str | None:
+    """Checks options of different dataclasses against each other; finds the checkpoint to resume.
+
+    Raises:
+        ValueError: names the options and what to do.
+    """
+    if not args.do_train and not args.do_eval:
+        raise ValueError("do_train=False and do_eval=False leave nothing to do")
+    if data_args.streaming and args.do_train and args.max_steps <= 0:
+        raise ValueError(f"streaming=True needs max_steps > 0, got max_steps={args.max_steps}")
+    return find_checkpoint(args)
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The folder to resume from; `--resume_from_checkpoint true` is the last of output_dir.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        output = Path(args.output_dir)
+        checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint=true: {args.output_dir!r} has no checkpoint")
+        return checkpoint
+    if not Path(wanted).is_dir():
+        raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder")
+    return wanted
+
+
+# --- preparation ----------------------------------------------------------------------------------
+
+
+def build_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> Trainer:
+    """Loads text, tokenizer and model, in the order in which they depend on each other.
+
+    Raises:
+        ValueError: options that do not fit the data or the model.
+    """
+    if args.data_seed is None:
+        args.data_seed = args.seed
+    corpus = load_corpus(
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        validation_split_percentage=data_args.validation_split_percentage,
+        streaming=data_args.streaming,
+    )
+    config = load_config(model_args)
+    with args.main_process_first(desc="tokenizer and packing"):
+        tokenizer = load_tokenizer(model_args, data_args, config, corpus)
+        train, validation = pack_splits(corpus, tokenizer, data_args, args)
+    model = build_model(model_args, data_args, config, tokenizer, args.seed)
+    # Options of the optimizer are checked here, not after the first batch is read.
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=train if args.do_train else None,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collate_blocks,
+        compute_metrics=LanguageModelMetrics(),
+        preprocess_logits_for_metrics=sequence_statistics,
+    )
+
+
+def load_config(model_args: ModelArguments) -> PretrainedConfig:
+    """The model's configuration, with the overrides for a new model."""
+    if model_args.model_name_or_path is not None:
+        return AutoConfig.from_pretrained(model_args.model_name_or_path)
+    if model_args.preset is not None:
+        config = preset_config(model_args.preset)
+    elif model_args.config_name in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[model_args.config_name]()
+    else:
+        config = AutoConfig.from_pretrained(model_args.config_name)
+    if model_args.config_overrides:
+        override_config(config, model_args.config_overrides)
+    return config
+
+
+def override_config(config: PretrainedConfig, overrides: str) -> None:
+    """Sets `key=value,...` on the configuration, with the type of the value that was there.
+
+    Raises:
+        ValueError: a malformed item, an unknown key or a value of another type.
+    """
+    for item in overrides.split(","):
+        key, equals, text = item.partition("=")
+        if not equals or not hasattr(config, key):
+            raise ValueError(
+                f"config_overrides={overrides!r}: {item!r} is not key=value with a key of "
+                f"{type(config).__name__}"
+            )
+        try:
+            value = json.loads(text.lower() if text in ("True", "False") else text)
+        except json.JSONDecodeError:
+            value = text
+        old = getattr(config, key)
+        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if old is not None and type(value) is not type(old):
+            raise ValueError(
+                f"config_overrides={overrides!r}: {key}={text!r} must be of type "
+                f"{type(old).__name__}"
+            )
+        setattr(config, key, value)
+
+
+def load_tokenizer(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: PretrainedConfig,
+    corpus: Corpus,
+) -> PreTrainedTokenizerBase:
+    """The named tokenizer, else that of the pretrained model, else one trained on the corpus."""
+    name = data_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        if data_args.vocab_size is not None:
+            raise ValueError(
+                f"vocab_size={data_args.vocab_size} has no effect with model_name_or_path={name!r}"
+            )
+        return AutoTokenizer.from_pretrained(name)
+    return load_or_train_tokenizer(
+        (row["text"] for row in islice(corpus.train, data_args.tokenizer_train_rows)),
+        vocab_size=data_args.vocab_size or config.vocab_size,
+        cache_dir=data_args.tokenizer_cache_dir,
+    )
+
+
+def pack_splits(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> tuple[TextDataset, TextDataset]:
+    """Blocks of the training and of the validation text."""
+    train, validation = (
+        pack(
+            split,
+            tokenizer,
+            block_size=data_args.block_size,
+            rows_are_documents=corpus.rows_are_documents,
+            num_proc=data_args.preprocessing_num_workers,
+        )
+        for split in (corpus.train, corpus.validation)
+    )
+    if data_args.streaming and data_args.shuffle_buffer_size:
+        train = train.shuffle(seed=args.data_seed, buffer_size=data_args.shuffle_buffer_size)
+    return (
+        first_blocks(train, data_args.max_train_samples, "training", data_args.block_size),
+        first_blocks(validation, data_args.max_eval_samples, "validation", data_args.block_size),
+    )
+
+
+def first_blocks(
+    blocks: TextDataset, count: int | None, split: str, block_size: int
+) -> TextDataset:
+    """The first `count` blocks, all of them for None.
+
+    Raises:
+        ValueError: the text fills no block (of a stream this shows only while it is read).
+    """
+    if isinstance(blocks, datasets.IterableDataset):
+        return blocks if count is None else blocks.take(count)
+    if len(blocks) == 0:
+        raise ValueError(f"the {split} text fills no block of block_size={block_size} tokens")
+    return blocks if count is None else blocks.select(range(min(count, len(blocks))))
+
+
+def build_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> PreTrainedModel:
+    """The pretrained model, or a new one whose weights depend on config and seed only.
+
+    Raises:
+        ValueError: blocks longer than the model's context, or a tokenizer that does not fit.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and data_args.block_size > context:
+        raise ValueError(
+            f"block_size={data_args.block_size} exceeds the {context} positions of the model"
+        )
+    options: dict[str, Any] = {"dtype": model_args.model_dtype}
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    if model_args.model_name_or_path is not None:
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"tokenizer_name={data_args.tokenizer_name!r} has {len(tokenizer)} tokens, the "
+                f"model of {model_args.model_name_or_path!r} only {config.vocab_size}"
+            )
+        return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
+    config.vocab_size = data_args.vocab_size or max(config.vocab_size, len(tokenizer))
+    if data_args.tokenizer_name is not None:
+        config.vocab_size = len(tokenizer)
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    if options["dtype"] == "auto":
+        options["dtype"] = config.dtype or torch.float32
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def train_and_evaluate(
+    trainer: Trainer, args: TrainingArguments, checkpoint: str | None
+) -> dict[str, float]:
+    """Trains and evaluates as `do_train` and `do_eval` say; writes the metrics files."""
+    metrics: dict[str, float] = {}
+    if args.do_train:
+        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics |= train_metrics
+    if args.do_eval:
+        eval_metrics = trainer.evaluate()
+        # With prediction_loss_only the Trainer leaves compute_metrics out.
+        eval_metrics.setdefault("eval_perplexity", perplexity(eval_metrics["eval_loss"]))
+        trainer.log_metrics("eval", eval_metrics)
+        trainer.save_metrics("eval", eval_metrics)
+        metrics |= eval_metrics
+    trainer.save_state()
+    return metrics
+
+
+def save_results(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Saves the model with its tokenizer and writes the model card, pushed if asked for."""
+    trainer.save_model()
+    name = data_args.train_file and Path(data_args.train_file).name
+    card = {
+        "tasks": "text-generation",
+        "dataset": name or data_args.dataset_name or STDLIB,
+        "finetuned_from": model_args.model_name_or_path,
+    }
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
+def summary(metrics: dict[str, float], output_dir: Path) -> str:
+    """The closing lines: the figures that matter and where the files are."""
+    figures = [
+        f"{label} {metrics[key]:{form}}"
+        for label, key, form in (
+            ("validation loss", "eval_loss", ".4f"),
+            ("perplexity", "eval_perplexity", ".2f"),
+            ("token accuracy", "eval_accuracy", ".3f"),
+            ("training seconds", "train_runtime", ".0f"),
+        )
+        if key in metrics
+    ]
+    files = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+    return f"\n{', '.join(figures)}\n{output_dir}/: {', '.join(files)}"
+
+
+if __name__ == "__main__":
+    main()

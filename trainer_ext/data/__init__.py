@@ -1,0 +1,1 @@
+"""Text corpora, tokenizers, packing, model presets and metrics for the training scripts."""
