@@ -1,0 +1,151 @@
+"""Shared-basis block low-rank Adagrad and Adam, with every b x b matrix formed.
+
+One group = one matrix of m gradients g_i in R^b (its rows). Second moment of block i:
+
+    H_i <- a H_i + c g_i g_i^T,   (a, c) = (1, 1) for Adagrad, (beta2, 1 - beta2) for the Adam form,
+
+approximated by Q R_i Q^T + rho_i I with a basis Q all blocks share. Every quantity is evaluated from its
+definition (paper: Algorithm 1, equations 4 to 6), in Python loops over groups and blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SHIFT = 1e-8  # delta of the power iteration in float64
+DrawStart = Callable[[int], Tensor]
+
+
+@dataclass(kw_only=True)
+class SharedBasisReference:
+    """One group of blocks.
+
+    Args:
+        rank: k.
+        oversample: p; the iterated subspace has k + p columns, at most b.
+        beta2: ``None`` for the sum (Adagrad).
+        coef_interval: between basis updates, coefficients move at these steps.
+        root_interval: ``None`` recomputes the inverse roots whenever coefficients moved.
+        draw_start: step -> orthonormal [b, k + p]; the start of the first power iteration, and of every
+            one without ``warm_start``.
+    """
+
+    rank: int
+    draw_start: DrawStart
+    beta2: float | None = None
+    num_iters: int = 1
+    oversample: int = 0
+    warm_start: bool = True
+    deflate: bool = True
+    escaped_norm: str = "block"
+    update_interval: int = 1
+    coef_interval: int = 1
+    root_interval: int | None = None
+    eps: float = 1e-8
+    step: int = 0
+    subspace: Tensor | None = None
+    basis: Tensor = field(init=False)
+    coef: list[Tensor] = field(default_factory=list)
+    escaped_mass: list[Tensor] = field(default_factory=list)
+    roots: list[Tensor] = field(default_factory=list)
+    tail_roots: list[Tensor] = field(default_factory=list)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(a, c): the decay of the old second moment and the weight of the new gradient."""
+        return (1.0, 1.0) if self.beta2 is None else (self.beta2, 1.0 - self.beta2)
+
+    def update(self, grads: Tensor) -> None:
+        """Takes the gradients [m, b] of one step into the statistics."""
+        self.step += 1
+        if self.subspace is None:
+            self._allocate(grads)
+        basis_moves = _due(self.step, self.update_interval)
+        coef_moves = basis_moves or _due(self.step, self.coef_interval)
+        if coef_moves:
+            self._move(grads, basis_moves)
+        if coef_moves if self.root_interval is None else _due(self.step, self.root_interval):
+            self._recompute_roots()
+
+    def apply(self, grads: Tensor) -> Tensor:
+        """d_i = Q [(R_i + c_i I)^{-1/2} - c_i^{-1/2} I] Q^T g_i + c_i^{-1/2} g_i."""
+        rows = []
+        for g, root, tail in zip(grads, self.roots, self.tail_roots, strict=True):
+            inside = self.basis @ (self.basis.T @ g)
+            rows.append(self.basis @ (root @ (self.basis.T @ g)) + tail * (g - inside))
+        return torch.stack(rows)
+
+    def approximation(self, block: int) -> Tensor:
+        """Q R_i Q^T + rho_i I."""
+        dense = self.basis @ self.coef[block] @ self.basis.T
+        return dense + self.escaped_mass[block] * torch.eye(len(dense), dtype=dense.dtype)
+
+    def _allocate(self, grads: Tensor) -> None:
+        blocks, size = grads.shape
+        self.rank = min(self.rank, size)
+        self.subspace = self.draw_start(1)
+        self.basis = self.subspace[:, : self.rank]
+        self.coef = [grads.new_zeros(self.rank, self.rank) for _ in range(blocks)]
+        self.escaped_mass = [grads.new_zeros(()) for _ in range(blocks)]
+        self._recompute_roots()
+
+    def _move(self, grads: Tensor, basis_moves: bool) -> None:
+        decay, weight = self.weights
+        moments = [  # M_i = a Q R_i Q^T + c g_i g_i^T
+            decay * self.basis @ coef @ self.basis.T + weight * torch.outer(g, g)
+            for coef, g in zip(self.coef, grads, strict=True)
+        ]
+        if basis_moves:
+            self._move_basis(sum(moment @ moment.T for moment in moments))
+        for i, moment in enumerate(moments):
+            projected = self.basis.T @ moment @ self.basis
+            smallest = torch.linalg.eigvalsh(projected)[0].clamp(min=0)
+            deflated = smallest if self.deflate and basis_moves else torch.zeros_like(smallest)
+            self.coef[i] = _clamp_eigenvalues(
+                projected - deflated * torch.eye(self.rank, dtype=grads.dtype)
+            )
+            norm = self._norm(moment, self.coef[i], deflated)
+            self.escaped_mass[i] = decay * self.escaped_mass[i] + norm
+
+    def _move_basis(self, a: Tensor) -> None:
+        """Power iteration on A, then the top-k Ritz vectors of A in the iterated subspace."""
+        y = self.subspace if self.warm_start or self.step == 1 else self.draw_start(self.step)
+        assert y is not None
+        if a.any():
+            for _ in range(self.num_iters):
+                y = torch.linalg.qr(a @ y + SHIFT * a.trace() * y).Q
+        if y.shape[1] > self.rank:
+            y = y @ torch.linalg.eigh(y.T @ a @ y).eigenvectors.flip(-1)
+        self.subspace = y
+        self.basis = y[:, : self.rank]
+
+    def _norm(self, moment: Tensor, coef: Tensor, deflated: Tensor) -> Tensor:
+        """||M_i - Q R_i Q^T||_2, or its bound by the 2 x 2 matrix of block norms inside and outside Q."""
+        inside = self.basis @ self.basis.T
+        outside = torch.eye(len(inside), dtype=inside.dtype) - inside
+        if self.escaped_norm == "exact":
+            return torch.linalg.matrix_norm(moment - self.basis @ coef @ self.basis.T, ord=2)
+        off = torch.linalg.matrix_norm(self.basis.T @ moment @ outside)
+        rest = torch.linalg.matrix_norm(outside @ moment @ outside)
+        return (deflated + rest) / 2 + torch.hypot((deflated - rest) / 2, off)
+
+    def _recompute_roots(self) -> None:
+        self.roots, self.tail_roots = [], []
+        for coef, mass in zip(self.coef, self.escaped_mass, strict=True):
+            eigenvalues, vectors = torch.linalg.eigh(coef)
+            shifted = eigenvalues.clamp(min=0) + mass + self.eps
+            self.roots.append((vectors * shifted.rsqrt()) @ vectors.T)
+            self.tail_roots.append((mass + self.eps).rsqrt())
+
+
+def _due(step: int, interval: int) -> bool:
+    return (step - 1) % interval == 0
+
+
+def _clamp_eigenvalues(matrix: Tensor) -> Tensor:
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * eigenvalues.clamp(min=0)) @ vectors.T
