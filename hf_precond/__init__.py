@@ -1,0 +1,25 @@
+"""Preconditioned optimizers for PyTorch; ``trainer_ext`` brings them to the Hugging Face Trainer."""
+
+from hf_precond.named import SharedBasisAdagrad, SharedBasisAdam
+from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.registry import (
+    create_optimizer,
+    list_optimizers,
+    optimizer_info,
+    option_specs,
+    resolve,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PreconditionedOptimizer",
+    "SharedBasisAdagrad",
+    "SharedBasisAdam",
+    "__version__",
+    "create_optimizer",
+    "list_optimizers",
+    "optimizer_info",
+    "option_specs",
+    "resolve",
+]

@@ -1,0 +1,106 @@
+"""Which parameter gets which view and algorithm, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.registry import resolve
+from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRow:
+    """One parameter of the explanation table.
+
+    Attributes:
+        view: its views, ``G x [M, B]`` each.
+        algorithm: registry name, or the fallback's.
+        rank: rank used for each view; empty where the algorithm has none.
+        state_bytes: bytes of its optimizer state.
+        reason: why.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    view: str
+    algorithm: str
+    rank: str
+    state_bytes: int
+    reason: str
+
+
+def explain_groups(
+    model: nn.Module, name: str, *, rules: Iterable[Rule] | None = None, **options: Any
+) -> list[GroupRow]:
+    """Returns one row per trainable parameter of ``model`` under optimizer ``name``.
+
+    Raises:
+        ValueError: for an unknown name or option, or a value that is not allowed.
+    """
+    recipe = resolve(name, options)
+    assigned = assign_all(model, GENERAL_RULES if rules is None else rules)
+    optimizer = PreconditionedOptimizer(
+        [
+            {
+                "params": [(info.name, info.param) for info, _ in assigned],
+                "views": [[view.to_plain() for view in found.views] for _, found in assigned],
+            }
+        ],
+        recipe,
+    )
+    state_bytes = [0] * len(assigned)
+    for index, _, meta in optimizer.state_layout():
+        state_bytes[index] += meta.numel() * meta.element_size()
+    effective_rank = getattr(recipe.algorithm, "effective_rank", None)
+    rows = []
+    for (info, found), size in zip(assigned, state_bytes, strict=True):
+        ranks = {effective_rank(view.shape[2]) for view in found.views} if effective_rank else set()
+        rows.append(
+            GroupRow(
+                parameter=info.name,
+                shape=tuple(info.param.shape),
+                view="; ".join(str(view) for view in found.views) or "-",
+                algorithm=recipe.name if found.views else recipe.fallback.fallback,
+                rank="/".join(str(rank) for rank in sorted(ranks)),
+                state_bytes=size,
+                reason=found.reason,
+            )
+        )
+    return rows
+
+
+def format_table(rows: Iterable[GroupRow]) -> str:
+    """Returns the rows as an aligned text table with a header."""
+    header = ("parameter", "shape", "view", "algorithm", "rank", "state", "why")
+    lines = [header] + [
+        (
+            row.parameter,
+            "x".join(map(str, row.shape)),
+            row.view,
+            row.algorithm,
+            row.rank,
+            format_bytes(row.state_bytes),
+            row.reason,
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def format_bytes(size: int) -> str:
+    """Returns a byte count in words, for example ``"1.5 MiB"``."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

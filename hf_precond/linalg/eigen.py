@@ -1,0 +1,88 @@
+"""Symmetric eigendecompositions of stacked matrices."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+# Below this many matrices per thread the hand-over costs more than it saves.
+_MIN_PER_THREAD = 128
+_ORTHOGONALITY_TOLERANCE = 1e-3
+
+
+class DecompositionError(ArithmeticError):
+    """A factorisation failed, or gave a wrong answer, in float64 too."""
+
+
+def eigh(a_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns eigenvalues (ascending) ``[..., N]`` and eigenvectors ``[..., N, N]`` of symmetric matrices.
+
+    A decomposition that fails, or whose vectors are not orthonormal (batched solvers on GPUs have returned
+    such vectors without an error), is repeated once in float64.
+
+    Raises:
+        DecompositionError: if float64 fails too.
+    """
+    try:
+        values, vectors = _eigh_parallel(a_NN)
+        if _is_orthonormal(vectors):
+            return values, vectors
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(a_NN.double())
+    except torch.linalg.LinAlgError as error:
+        raise DecompositionError(f"eigh of {tuple(a_NN.shape)} failed in float64: {error}") from error
+    if not _is_orthonormal(vectors):
+        raise DecompositionError(f"eigh of {tuple(a_NN.shape)} gave vectors that are not orthonormal")
+    return values.to(a_NN.dtype), vectors.to(a_NN.dtype)
+
+
+def eigvalsh(a_NN: Tensor) -> Tensor:
+    """Returns eigenvalues (ascending) ``[..., N]`` of symmetric matrices, retried once in float64.
+
+    Raises:
+        DecompositionError: if float64 fails too.
+    """
+    try:
+        return torch.linalg.eigvalsh(a_NN)
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        return torch.linalg.eigvalsh(a_NN.double()).to(a_NN.dtype)
+    except torch.linalg.LinAlgError as error:
+        raise DecompositionError(f"eigvalsh of {tuple(a_NN.shape)} failed in float64: {error}") from error
+
+
+def _is_orthonormal(vectors: Tensor) -> bool:
+    """Always true on CPU, where LAPACK reports its failures: the check is for batched GPU solvers."""
+    if vectors.device.type == "cpu":
+        return True
+    gram = vectors.mT @ vectors
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return bool(gram.abs().max() <= _ORTHOGONALITY_TOLERANCE)
+
+
+def _eigh_parallel(a_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Batched eigh; on CPU the stack is split over threads, since LAPACK walks it serially."""
+    stack = a_NN.reshape(-1, *a_NN.shape[-2:])
+    threads = min(torch.get_num_threads(), stack.shape[0] // _MIN_PER_THREAD)
+    if a_NN.device.type != "cpu" or threads < 2:
+        return _unpack(torch.linalg.eigh(a_NN))
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(_eigh_no_grad, stack.chunk(threads)))
+    values = torch.cat([values for values, _ in parts]).view(a_NN.shape[:-1])
+    vectors = torch.cat([vectors for _, vectors in parts]).view(a_NN.shape)
+    return values, vectors
+
+
+def _eigh_no_grad(stack: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return _unpack(torch.linalg.eigh(stack))
+
+
+def _unpack(result: object) -> tuple[Tensor, Tensor]:
+    values, vectors = result  # type: ignore[misc]
+    return values, vectors

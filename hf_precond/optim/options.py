@@ -1,0 +1,112 @@
+"""Everything that defines an optimizer apart from its parameters, learning rate and weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from hf_precond.optim.stages import StageOptions
+from hf_precond.preconditioners.base import Preconditioner, check_options, option
+from hf_precond.preconditioners.diagonal import Adam, Sgd
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupingOptions:
+    """How attention kernels become groups."""
+
+    attention_grouping: str = option(
+        "head",
+        "one group per attention head, or per whole kernel as in the paper",
+        choices=("head", "kernel"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackOptions:
+    """What parameters without a matrix view (norms, biases, embeddings, tied heads) follow."""
+
+    fallback: str = option("adam", "algorithm of the fallback parameters", choices=("adam", "sgd"))
+    fallback_eps: float = option(1e-8, "Adam's eps in the fallback", low=0)
+    fallback_momentum: float = option(
+        0.9, "momentum of SGD in the fallback", low=0, high=1, high_open=True
+    )
+    fallback_lr_ratio: float = option(
+        1.0, "learning rate of the fallback relative to the group's", low=0, low_open=True
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def algorithm(self, beta1: float, beta2: float) -> Preconditioner:
+        """Returns the elementwise algorithm these options name."""
+        if self.fallback == "sgd":
+            return Sgd(momentum=self.fallback_momentum)
+        return Adam(beta1=beta1, beta2=beta2, eps=self.fallback_eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumericsOptions:
+    """Precision, faults and the size of stacks."""
+
+    state_dtype: str = option("float32", "dtype of statistics and state", choices=tuple(DTYPES))
+    skip_nonfinite: bool = option(
+        True, "leave out the step of a parameter whose gradient is not finite (one host sync per step)"
+    )
+    max_failures: int = option(
+        10, "failed factorisations or skipped steps in a row before an error", low=1
+    )
+    bucket_size: int = option(
+        2**26, "weights per stacked call at most; bounds the memory of temporaries", low=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """``state_dtype`` as torch knows it."""
+        return DTYPES[self.state_dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A named algorithm with all its options resolved: what the registry makes of a name and options.
+
+    Attributes:
+        name: registry name.
+        betas: decay of the first and second moments.
+    """
+
+    name: str
+    betas: tuple[float, float]
+    algorithm: Preconditioner
+    stages: StageOptions
+    grouping: GroupingOptions
+    fallback: FallbackOptions
+    numerics: NumericsOptions
+
+    @property
+    def fallback_algorithm(self) -> Preconditioner:
+        """The algorithm of parameters without a matrix view."""
+        return self.fallback.algorithm(*self.betas)
+
+    @property
+    def min_block_size(self) -> int:
+        """Smallest block size at which the algorithm works at full rank; 1 where it has no rank."""
+        return int(getattr(self.algorithm, "min_block_size", 1))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Returns all options flat, as plain data, as they would be given again."""
+        flat: dict[str, Any] = {"betas": list(self.betas)}
+        for part in (self.algorithm, self.stages, self.grouping, self.fallback, self.numerics):
+            for item in fields(part):  # type: ignore[arg-type]
+                if item.name not in {"beta1", "beta2"}:
+                    flat[item.name] = getattr(part, item.name)
+        return flat

@@ -1,0 +1,136 @@
+"""The stages around an algorithm: grafting and momentum (ALGORITHMS, the pipeline).
+
+    statistics when due -> direction -> grafting -> first moment -> decoupled weight decay -> weight
+
+All functions work on stacked ``[G, M, B]`` tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_precond.preconditioners.base import Shape, State, check_options, option
+
+GRAFTS = (
+    "none",
+    "sgd",
+    "sgd_normalized",
+    "adagrad",
+    "adagrad_normalized",
+    "rmsprop",
+    "rmsprop_normalized",
+    "adam",
+    "adam_normalized",
+)
+NORM_EPS = 1e-25
+_GRAFT_EPS = 1e-10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOptions:
+    """Momentum, grafting and the first steps: what happens around every algorithm."""
+
+    beta1: float = option(0.9, "decay of the first moment", low=0, high=1, high_open=True)
+    momentum: str = option(
+        "ema",
+        "first moment as a bias-corrected average, a heavy-ball sum, or none",
+        choices=("ema", "heavy_ball", "none"),
+    )
+    momentum_site: str = option(
+        "direction",
+        "take the first moment of the grafted direction, or of the gradient before it is preconditioned",
+        choices=("direction", "gradient"),
+    )
+    start_step: int = option(1, "before this step the graft partner's step is taken", low=1)
+    graft: str = option(
+        "rmsprop_normalized", "diagonal method whose step norm the direction takes", choices=GRAFTS
+    )
+    graft_scope: str = option(
+        "parameter",
+        "tensor over which the two norms are compared",
+        choices=("parameter", "view", "group"),
+    )
+    graft_beta2: float | None = option(
+        None, "decay of the graft's second moment (none: beta2)", low=0, high=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def graft_kind(self) -> str:
+        """The graft without its suffix."""
+        return self.graft.removesuffix("_normalized")
+
+    @property
+    def graft_normalizes(self) -> bool:
+        """Whether the graft sees the gradient divided by its norm over the whole parameter."""
+        return self.graft.endswith("_normalized")
+
+    @property
+    def graft_has_state(self) -> bool:
+        """Whether the graft keeps a second moment."""
+        return self.graft_kind in {"adagrad", "rmsprop", "adam"}
+
+    def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
+        """Allocates the stages' own state, each tensor ``[G, M, B]``."""
+        names = []
+        if self.momentum != "none":
+            names.append("exp_avg" if self.momentum == "ema" else "momentum_buffer")
+        if self.graft_has_state:
+            names.append("graft_sq")
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
+
+
+# The fallback algorithms keep their own moments: nothing happens around them.
+NO_STAGES = StageOptions(momentum="none", graft="none")
+
+
+def momentum_(options: StageOptions, state: State, x: Tensor, step: int) -> Tensor:
+    """Takes ``x`` into the first moment, in place, and returns the (bias-corrected) moment."""
+    if options.momentum == "none":
+        return x
+    if options.momentum == "heavy_ball":
+        return state["momentum_buffer"].mul_(options.beta1).add_(x)
+    return state["exp_avg"].lerp_(x, 1 - options.beta1) / (1 - options.beta1**step)
+
+
+def graft_update_(options: StageOptions, state: State, g: Tensor, g_norm: Tensor) -> None:
+    """Takes the gradient into the graft's second moment, in place.
+
+    Args:
+        g_norm: norm of the whole parameter's gradient, ``[G, 1, 1]``.
+    """
+    if not options.graft_has_state:
+        return
+    if options.graft_normalizes:
+        g = g / (g_norm + NORM_EPS)
+    beta2 = options.graft_beta2
+    assert beta2 is not None, "the registry fills graft_beta2 in"
+    if options.graft_kind == "adagrad":
+        state["graft_sq"].addcmul_(g, g)
+    elif beta2 == 1:
+        # The convention of Google's scalable Shampoo: a decay of one means a sum.
+        state["graft_sq"].addcmul_(g, g)
+    else:
+        state["graft_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+
+
+def graft_step(options: StageOptions, state: State, m: Tensor, m_norm: Tensor, step: int) -> Tensor:
+    """Returns the graft partner's step for the gradient (or momentum) ``m``.
+
+    Args:
+        m_norm: norm of the whole parameter's ``m``, ``[G, 1, 1]``; used by the normalized kinds.
+    """
+    if options.graft_normalizes:
+        m = m / (m_norm + NORM_EPS)
+    if not options.graft_has_state:
+        return m
+    root = state["graft_sq"].sqrt()
+    beta2 = options.graft_beta2
+    if options.graft_kind == "adam" and beta2 is not None and beta2 < 1:
+        root /= (1 - beta2**step) ** 0.5
+    return m / root.add_(_GRAFT_EPS)

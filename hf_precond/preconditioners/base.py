@@ -1,0 +1,153 @@
+"""What an algorithm is: a frozen bag of hyperparameters and three functions on stacked matrices.
+
+An algorithm never sees a parameter, a module, a learning rate or a rank: it works on ``[G, M, B]``
+gradients (G independent groups of M blocks of size B) and on a dict of state tensors that all have leading
+dimension G. From that follow, for every algorithm at once: stacking equal shapes of all layers and heads
+into one batched call, slicing state per parameter, parameters without a gradient, safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int, int]
+State = dict[str, Tensor]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepContext:
+    """What an algorithm may know about the step it is part of.
+
+    Attributes:
+        step: 1 for the first step of the groups in this call.
+        refreshed: whether anything has been due so far; read by the shell.
+    """
+
+    step: int
+    refreshed: bool = False
+
+    def due(self, interval: int) -> bool:
+        """True at steps 1, 1 + interval, 1 + 2 * interval, ..."""
+        due = (self.step - 1) % interval == 0
+        self.refreshed |= due
+        return due
+
+    def sum_over_blocks(self, x: Tensor) -> Tensor:
+        """Sums a quantity over the ranks that share the M axis; the identity where M is not split."""
+        return x
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """A frozen dataclass whose fields are the hyperparameters of one algorithm."""
+
+    def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
+        """Allocates the state of G groups; every tensor has leading dimension G."""
+        ...
+
+    def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
+        """Takes the gradient into the statistics, in place, when due. Called on every step."""
+        ...
+
+    def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
+        """Returns the descent direction for ``g_GMB`` (same shape). Changes no statistics."""
+        ...
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    symbol: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that is a hyperparameter, with its help, paper symbol and allowed values."""
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "symbol": symbol,
+            "low": low,
+            "high": high,
+            "low_open": low_open,
+            "high_open": high_open,
+            "choices": choices,
+        },
+    )
+
+
+def allowed_values(metadata: Mapping[str, Any]) -> str:
+    """Returns the allowed values of an :func:`option` in words, for messages and help."""
+    if metadata.get("choices"):
+        return "one of " + ", ".join(repr(choice) for choice in metadata["choices"])
+    low, high = metadata.get("low"), metadata.get("high")
+    parts = []
+    if low is not None:
+        parts.append(f"{'>' if metadata['low_open'] else '>='} {low:g}")
+    if high is not None:
+        parts.append(f"{'<' if metadata['high_open'] else '<='} {high:g}")
+    return " and ".join(parts)
+
+
+def check_options(options: Any) -> None:
+    """Checks every :func:`option` of a dataclass instance against its allowed values.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    for item in fields(options):
+        value, meta = getattr(options, item.name), item.metadata
+        if value is None or not meta:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(_is_allowed(part, meta) for part in values):
+            raise ValueError(f"{item.name} = {value!r} is not allowed: it must be {allowed_values(meta)}")
+
+
+def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
+    if meta.get("choices"):
+        return value in meta["choices"]
+    low, high = meta.get("low"), meta.get("high")
+    if low is not None and not (value > low if meta["low_open"] else value >= low):
+        return False
+    return high is None or (value < high if meta["high_open"] else value <= high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerInfo:
+    """One row of the registry: everything the CLI, the docs and the test suite know of an optimizer.
+
+    Attributes:
+        name: the public name, as in ``--optim NAME``.
+        algorithm: the dataclass of the algorithm's hyperparameters.
+        defaults: defaults of this row that differ from the dataclasses' own.
+        fixed: algorithm fields that make this row what it is; not options of it.
+        summary: one line for help texts.
+        paper: citation with equation or algorithm number.
+        exemptions: law name -> written reason why the law does not apply.
+    """
+
+    name: str
+    algorithm: Callable[..., Preconditioner]
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    summary: str
+    paper: str
+    exemptions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def field_default(item: Any) -> Any:
+    """Returns the default of a dataclass field (``None`` where it has none)."""
+    if item.default is not MISSING:
+        return item.default
+    return item.default_factory() if item.default_factory is not MISSING else None

@@ -1,0 +1,414 @@
+"""Shared-basis block low-rank Adagrad and Adam.
+
+Yen, Duvvuri, Dhillon, Hsieh: Block Low-Rank Preconditioner with Shared Basis for Stochastic Optimization
+(NeurIPS 2023), Algorithm 1; the exponentially averaged form is its appendix 6.9.
+
+One group has m blocks of size b with second moments H_i. They are approximated by ``Q R_i Q^T + rho_i I``
+with one basis Q for all blocks, and the direction is ``(Q R_i Q^T + (rho_i + eps) I)^(-1/2) g_i``.
+
+    paper                    here
+    B_t       (b x k)        basis          [G, B, K+p], the first K columns
+    R_t^(i)   (k x k)        coef           [G, M, K, K], packed: [G, M, K(K+1)/2]
+    rho_t^(i)                escaped_mass   [G, M]
+    (R+cI)^(-1/2)-c^(-1/2)I  root           like coef
+    c^(-1/2)                 root_tail      [G, M]
+
+Nothing of size b x b is formed: A = sum_i M_i M_i^T, M_i = a Q R_i Q^T + c g_i g_i^T, is only ever multiplied
+with a thin matrix, and everything else lives in k x k.
+
+Deviations from the paper:
+
+- the escaped mass uses a closed upper bound of ``||M_i - Q_t R_i Q_t^T||`` (``escaped_norm="block"``); the power
+  iteration of the paper approaches the norm from below, which breaks the bound its Lemma 2 needs;
+- the subspace iteration is shifted by a millionth of tr(A): no eigenvector changes, but a step whose A has a
+  rank below k no longer leaves the completion of the QR to chance;
+- intervals: statistics and basis every ``update_interval`` steps, coefficients (basis fixed, no deflation, the same
+  bound for the escaped mass) every ``coef_interval``, roots every ``root_interval``. A root that is older than the
+  basis is carried over by projection onto the new basis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, isqrt
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg.eigen import eigh, eigvalsh
+from hf_precond.linalg.subspace import orthonormal, random_basis, top_ritz_basis
+from hf_precond.linalg.symmetric import pack, packed_size, unpack
+from hf_precond.preconditioners.base import (
+    OptimizerInfo,
+    Shape,
+    State,
+    StepContext,
+    check_options,
+    option,
+)
+
+Spectrum = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedBasis:
+    """Second moments of all blocks of a group in one shared low-rank basis."""
+
+    rank: int = option(32, "columns of the shared basis", symbol="k", low=1)
+    num_iters: int = option(1, "subspace iterations per basis update", low=1)
+    oversample: int = option(0, "extra columns iterated beside the basis", symbol="p", low=0)
+    warm_start: bool = option(True, "start the iteration from the previous basis")
+    deflate: bool = option(True, "move each block's smallest coefficient eigenvalue to the escaped mass")
+    escaped_norm: str = option(
+        "block",
+        "norm of what the basis misses: a closed upper bound, or exact (slow, for tests)",
+        choices=("block", "exact"),
+    )
+    update_interval: int = option(10, "steps between basis updates", low=1)
+    coef_interval: int | None = option(
+        None, "steps between coefficient updates (none: with the basis)", low=1
+    )
+    root_interval: int | None = option(
+        None, "steps between inverse roots (none: whenever the coefficients change)", low=1
+    )
+    packed: bool = option(False, "store only the upper triangles of the coefficients and roots")
+    max_rank_ratio: float = option(
+        4.0, "the rank is cut so that the coefficients hold at most this many numbers per weight", low=0, low_open=True
+    )
+    accumulate: str = option("sum", "second moments as a sum or a moving average", choices=("sum", "ema"))
+    beta2: float = option(0.999, "decay of the moving average", symbol="beta2", low=0, high=1, high_open=True)
+    eps: float = option(1e-8, "added inside the inverse root", symbol="epsilon", low=0, low_open=True)
+    seed: int = option(0, "seed of the first basis", low=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def effective_rank(self, block_size: int) -> int:
+        """Rank used for blocks of size b: k <= b and m k^2 <= max_rank_ratio * m b."""
+        cap = isqrt(int(min(self.max_rank_ratio * block_size, block_size**2)))
+        return max(1, min(self.rank, block_size, cap))
+
+    @property
+    def min_block_size(self) -> int:
+        """Smallest block size at which the full rank is used."""
+        return max(self.rank, ceil(self.rank**2 / self.max_rank_ratio))
+
+    def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
+        groups, blocks, size = shape
+        rank = self.effective_rank(size)
+        width = min(rank + self.oversample, size)
+        entries = (packed_size(rank),) if self.packed else (rank, rank)
+        basis = random_basis(size, width, seed=self.seed, dtype=dtype, device=device)
+        return {
+            "basis": basis.expand(groups, size, width).clone(),
+            "coef": torch.zeros(groups, blocks, *entries, dtype=dtype, device=device),
+            "escaped_mass": torch.zeros(groups, blocks, dtype=dtype, device=device),
+            "root": torch.zeros(groups, blocks, *entries, dtype=dtype, device=device),
+            "root_tail": torch.full(
+                (groups, blocks), self.eps**-0.5, dtype=dtype, device=device
+            ),
+        }
+
+    def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
+        rank = self.effective_rank(g_GMB.shape[-1])
+        new: State = {}
+        spectrum: Spectrum | None = None
+        if ctx.due(self.update_interval):
+            new, spectrum = self._update_basis(state, g_GMB, rank, ctx)
+        elif ctx.due(self.coef_interval or self.update_interval):
+            new = self._update_coef(state, g_GMB, rank)
+        if self._root_due(ctx, changed=bool(new)):
+            new |= self._root({**state, **new}, rank, spectrum)
+        # Written only when all is computed: a failed factorisation leaves the state as it was.
+        for name, value in new.items():
+            state[name].copy_(value)
+
+    def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
+        rank = self.effective_rank(g_GMB.shape[-1])
+        basis = state["basis"][..., :rank]
+        projected = _matvec(self._load(state["root"], rank), g_GMB @ basis)
+        out = g_GMB * state["root_tail"].unsqueeze(-1)
+        return out.baddbmm_(projected, basis.mT)
+
+    def health(self, state: State) -> dict[str, Tensor]:
+        """Share of the second moments' trace that lies outside the shared basis, per group ``[G]``."""
+        size = state["basis"].shape[-2]
+        rank = self.effective_rank(size)
+        coef = self._load(state["coef"], rank)
+        inside = _trace(coef).sum(-1)
+        outside = state["escaped_mass"].sum(-1) * size
+        return {"escaped_mass_share": outside / (inside + outside).clamp(min=torch.finfo(coef.dtype).tiny)}
+
+    # -- one update -------------------------------------------------------------------------------
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """(a, c) of H <- a H + c g g^T."""
+        return (1.0, 1.0) if self.accumulate == "sum" else (self.beta2, 1.0 - self.beta2)
+
+    def _load(self, stored: Tensor, rank: int) -> Tensor:
+        return unpack(stored, rank) if self.packed else stored
+
+    def _store(self, full: Tensor) -> Tensor:
+        return pack(full) if self.packed else full
+
+    def _root_due(self, ctx: StepContext, *, changed: bool) -> bool:
+        return changed if self.root_interval is None else ctx.due(self.root_interval)
+
+    def _update_basis(
+        self, state: State, g_GMB: Tensor, rank: int, ctx: StepContext
+    ) -> tuple[State, Spectrum | None]:
+        """Steps 1 to 4 of one basis update; the spectrum of the new coefficients if it was needed."""
+        decay, weight = self._weights
+        coef = self._load(state["coef"], rank)
+        # A is of fourth order in the gradient: without a common scale float32 over- and underflows.
+        trace = decay * _trace(coef).sum(-1) + weight * g_GMB.square().sum((-2, -1))
+        scale_G = _nonzero(ctx.sum_over_blocks(trace))
+        scale_GM = scale_G.unsqueeze(-1)
+        moments = _Moments.of(
+            basis=state["basis"][..., :rank],
+            coef=coef / scale_GM[..., None, None],
+            g=g_GMB / scale_GM.sqrt().unsqueeze(-1),
+            decay=decay,
+            weight=weight,
+            ctx=ctx,
+        )
+        columns = self._iterate(state["basis"], moments)
+        turn = _BasisTurn.of(moments, columns[..., :rank])
+        coef = turn.coef()
+        spectrum = eigh(coef) if self._root_due(ctx, changed=True) else None
+        lowest = self._lowest(coef, spectrum)
+        if self.escaped_norm == "block":
+            norm = turn.block_norm(lowest)
+        else:
+            norm = turn.exact_norm(coef, lowest)
+        coef.diagonal(dim1=-2, dim2=-1).sub_(lowest.unsqueeze(-1))
+        new = {
+            "basis": columns,
+            "coef": self._store(coef * scale_GM[..., None, None]),
+            "escaped_mass": decay * state["escaped_mass"] + norm * scale_GM,
+        }
+        if spectrum is None:
+            new["root"] = self._store(turn.carry_over(self._load(state["root"], rank)))
+            return new, None
+        values = (spectrum[0] - lowest.unsqueeze(-1)).clamp_(min=0) * scale_GM.unsqueeze(-1)
+        return new, (values, spectrum[1])
+
+    def _update_coef(self, state: State, g_GMB: Tensor, rank: int) -> State:
+        """One rank-one update per block in the present basis."""
+        decay, weight = self._weights
+        basis = state["basis"][..., :rank]
+        inside = g_GMB @ basis
+        coef = self._load(state["coef"], rank) * decay
+        coef.addcmul_(inside.unsqueeze(-1), inside.unsqueeze(-2), value=weight)
+        inside_sq = inside.square().sum(-1)
+        # The residual itself: |g|^2 - |y|^2 cancels where the basis has settled, and Lemma 2 is lost.
+        outside_sq = (g_GMB - inside @ basis.mT).square_().sum(-1)
+        norm = _block_norm(
+            torch.zeros_like(inside_sq),
+            weight * outside_sq,
+            weight * outside_sq.sqrt() * inside_sq.sqrt(),
+        )
+        return {"coef": self._store(coef), "escaped_mass": decay * state["escaped_mass"] + norm}
+
+    def _iterate(self, columns: Tensor, moments: _Moments) -> Tensor:
+        """Subspace iteration on A = sum_i M_i M_i^T from the previous (or a fresh random) basis."""
+        rank = moments.basis.shape[-1]
+        if not self.warm_start:
+            # The seed of the step is mixed in so that every update draws anew.
+            columns = random_basis(
+                *columns.shape[-2:],
+                seed=self.seed + 1_000_003 * moments.ctx.step,
+                dtype=columns.dtype,
+                device=columns.device,
+            ).expand_as(columns)
+        trace = moments.trace()
+        shift = trace * (1e-8 if columns.dtype == torch.float64 else 1e-6)
+        keep = (trace == 0)[:, None, None]
+        for _ in range(self.num_iters):
+            product = moments.times(columns)
+            columns = torch.where(
+                keep, columns, orthonormal(product + shift[:, None, None] * columns)
+            )
+        if columns.shape[-1] > rank:
+            columns = torch.where(keep, columns, top_ritz_basis(columns, moments.times(columns)))
+        return columns
+
+    def _lowest(self, coef: Tensor, spectrum: Spectrum | None) -> Tensor:
+        """The eigenvalue ``[G, M]`` that deflation moves to the escaped mass."""
+        if not self.deflate:
+            return torch.zeros(coef.shape[:2], dtype=coef.dtype, device=coef.device)
+        values = spectrum[0] if spectrum is not None else eigvalsh(coef)
+        return values[..., 0].clamp(min=0)
+
+    def _root(self, state: State, rank: int, spectrum: Spectrum | None) -> State:
+        """(R_i + c_i I)^(-1/2) - c_i^(-1/2) I and c_i^(-1/2), c_i = rho_i + eps."""
+        values, vectors = spectrum or eigh(self._load(state["coef"], rank))
+        values = values.clamp(min=0)
+        tail = state["escaped_mass"] + self.eps
+        if values.dtype != torch.float64:
+            # Below this the difference of the two roots is rounding noise.
+            tail = torch.maximum(tail, 1e-6 * values[..., -1])
+        tail_root = tail.rsqrt()
+        weights = (values + tail.unsqueeze(-1)).rsqrt() - tail_root.unsqueeze(-1)
+        root = (vectors * weights.unsqueeze(-2)) @ vectors.mT
+        return {"root": self._store(root), "root_tail": tail_root}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moments:
+    """The implicit matrices M_i = a Q R_i Q^T + c g_i g_i^T of one update and A = sum_i M_i M_i^T."""
+
+    basis: Tensor  # Q             [G, B, K]
+    coef: Tensor  # R_i            [G, M, K, K]
+    g: Tensor  # g_i               [G, M, B]
+    x: Tensor  # Q^T g_i           [G, M, K]
+    z: Tensor  # R_i Q^T g_i       [G, M, K]
+    norm_sq: Tensor  # |g_i|^2     [G, M]
+    coef_sq: Tensor  # sum_i R_i^2 [G, K, K]
+    decay: float
+    weight: float
+    ctx: StepContext
+
+    @classmethod
+    def of(
+        cls, *, basis: Tensor, coef: Tensor, g: Tensor, decay: float, weight: float, ctx: StepContext
+    ) -> _Moments:
+        x = g @ basis
+        flat = coef.flatten(1, 2)
+        return cls(
+            basis=basis,
+            coef=coef,
+            g=g,
+            x=x,
+            z=_matvec(coef, x),
+            norm_sq=g.square().sum(-1),
+            coef_sq=ctx.sum_over_blocks(flat.mT @ flat),
+            decay=decay,
+            weight=weight,
+            ctx=ctx,
+        )
+
+    def trace(self) -> Tensor:
+        """tr(A) = sum_i ||M_i||_F^2, ``[G]``."""
+        from_gradient = (
+            2 * self.decay * self.weight * (self.x * self.z).sum((-2, -1))
+            + self.weight**2 * self.norm_sq.square().sum(-1)
+        )
+        return self.decay**2 * _trace(self.coef_sq) + self.ctx.sum_over_blocks(from_gradient)
+
+    def times(self, y_GBL: Tensor) -> Tensor:
+        """A @ y for thin y ``[G, B, L]``, in 4 m b L flops."""
+        a, c = self.decay, self.weight
+        inner = self.basis.mT @ y_GBL
+        gy = self.g @ y_GBL
+        small = a**2 * (self.coef_sq @ inner) + a * c * self.ctx.sum_over_blocks(self.z.mT @ gy)
+        mixed = a * c * (self.z @ inner) + c**2 * (self.norm_sq.unsqueeze(-1) * gy)
+        return self.basis @ small + self.ctx.sum_over_blocks(self.g.mT @ mixed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BasisTurn:
+    """The moments seen from the new basis Q_t: C = Q_t^T Q_{t-1}, y_i = Q_t^T g_i, C R_i."""
+
+    moments: _Moments
+    basis: Tensor  # Q_t      [G, B, K]
+    overlap: Tensor  # C      [G, K, K]
+    y: Tensor  # y_i          [G, M, K]
+    left: Tensor  # C R_i     [G, M, K, K]
+
+    @classmethod
+    def of(cls, moments: _Moments, basis: Tensor) -> _BasisTurn:
+        overlap = basis.mT @ moments.basis
+        left = _right_multiply(moments.coef, overlap.mT).mT  # (R_i C^T)^T, R_i symmetric
+        return cls(moments=moments, basis=basis, overlap=overlap, y=moments.g @ basis, left=left)
+
+    def coef(self) -> Tensor:
+        """Q_t^T M_i Q_t = a C R_i C^T + c y_i y_i^T, ``[G, M, K, K]``."""
+        out = _right_multiply(self.left, self.overlap.mT).mul_(self.moments.decay)
+        return out.addcmul_(self.y.unsqueeze(-1), self.y.unsqueeze(-2), value=self.moments.weight)
+
+    def carry_over(self, root: Tensor) -> Tensor:
+        """C root_i C^T: a root of the previous basis in the new one."""
+        return _right_multiply(_right_multiply(root, self.overlap.mT).mT, self.overlap.mT)
+
+    def block_norm(self, lowest: Tensor) -> Tensor:
+        """``[G, M]``: upper bound of ||M_i - Q_t R_i Q_t^T||_2 from the norms of its four blocks."""
+        a, c, coef = self.moments.decay, self.moments.weight, self.moments.coef
+        escaped = self.moments.basis - self.basis @ self.overlap
+        # Orthogonalised twice: after the first pass what is left is mostly rounding of what was removed.
+        escaped = escaped - self.basis @ (self.basis.mT @ escaped)
+        gram = escaped.mT @ escaped
+        e = self.moments.g @ escaped  # the product itself: a difference of projections would cancel
+        residual_sq = (self.moments.g - self.y @ self.basis.mT).square_().sum(-1)
+        off_sq = (
+            a**2 * (_right_multiply(self.left, gram) * self.left).sum((-2, -1))
+            + 2 * a * c * (_matvec(self.left, e) * self.y).sum(-1)
+            + c**2 * residual_sq * self.y.square().sum(-1)
+        )
+        coef_gram = _right_multiply(coef, gram)
+        rest_sq = (
+            a**2 * (coef_gram * coef_gram.mT).sum((-2, -1))
+            + 2 * a * c * (_matvec(coef, e) * e).sum(-1)
+            + c**2 * residual_sq.square()
+        )
+        return _block_norm(lowest, rest_sq.clamp(min=0).sqrt(), off_sq.clamp(min=0).sqrt())
+
+    def exact_norm(self, coef: Tensor, lowest: Tensor) -> Tensor:
+        """``[G, M]``: the same norm in the span of (Q_t, Q_{t-1}, g_i), 2k + 1 dimensions; slow."""
+        groups, blocks, size = self.moments.g.shape
+        previous = self.moments.basis.unsqueeze(1).expand(groups, blocks, size, -1)
+        current = self.basis.unsqueeze(1).expand(groups, blocks, size, -1)
+        span = orthonormal(torch.cat([current, previous, self.moments.g.unsqueeze(-1)], -1))
+        old, now = span.mT @ previous, span.mT @ current
+        g = (span.mT @ self.moments.g.unsqueeze(-1)).squeeze(-1)
+        kept = coef - torch.diag_embed(lowest.unsqueeze(-1).expand(coef.shape[:-1]))
+        difference = self.moments.decay * (old @ self.moments.coef @ old.mT) - now @ kept @ now.mT
+        difference.addcmul_(g.unsqueeze(-1), g.unsqueeze(-2), value=self.moments.weight)
+        return eigvalsh((difference + difference.mT) / 2).abs().amax(-1)
+
+
+def _block_norm(inside: Tensor, rest: Tensor, off: Tensor) -> Tensor:
+    """Norm of the 2 x 2 matrix of block norms [[inside, off], [off, rest]]: an upper bound of the norm."""
+    return (inside + rest) / 2 + torch.hypot((inside - rest) / 2, off)
+
+
+def _right_multiply(a_GMKK: Tensor, b_GKK: Tensor) -> Tensor:
+    """a_i @ b for all blocks of a group as one matrix product."""
+    return (a_GMKK.flatten(1, 2) @ b_GKK).view(a_GMKK.shape)
+
+
+def _matvec(a_GMKK: Tensor, x_GMK: Tensor) -> Tensor:
+    """a_i @ x_i for symmetric or general a, ``[G, M, K]``."""
+    return (a_GMKK @ x_GMK.unsqueeze(-1)).squeeze(-1)
+
+
+def _trace(a_KK: Tensor) -> Tensor:
+    """Trace over the last two dimensions."""
+    return a_KK.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    """x with zeros replaced by one."""
+    return torch.where(x > 0, x, torch.ones_like(x))
+
+
+_PAPER = "Yen et al., Block Low-Rank Preconditioner with Shared Basis, NeurIPS 2023"
+
+INFOS = (
+    OptimizerInfo(
+        name="shared_basis_adagrad",
+        algorithm=SharedBasis,
+        fixed={"accumulate": "sum"},
+        defaults={"graft_beta2": 0.999},
+        summary="Adagrad with per-neuron second moments in one low-rank basis per layer or head",
+        paper=f"{_PAPER}, Algorithm 1",
+    ),
+    OptimizerInfo(
+        name="shared_basis_adam",
+        algorithm=SharedBasis,
+        fixed={"accumulate": "ema"},
+        summary="the same with exponentially averaged second moments",
+        paper=f"{_PAPER}, appendix 6.9",
+    ),
+)

@@ -1,0 +1,234 @@
+"""Names of optimizers and what they resolve to.
+
+Adding an algorithm is one file in ``preconditioners`` and one entry in ``_MODULES``.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor, nn
+
+from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.optim.options import FallbackOptions, GroupingOptions, NumericsOptions, Recipe
+from hf_precond.optim.stages import StageOptions
+from hf_precond.preconditioners import shared_basis
+from hf_precond.preconditioners.base import OptimizerInfo, allowed_values, field_default, option
+from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
+
+_MODULES = (shared_basis,)
+_INFOS: dict[str, OptimizerInfo] = {info.name: info for module in _MODULES for info in module.INFOS}
+_SECTIONS: dict[str, type] = {
+    "stages": StageOptions,
+    "grouping": GroupingOptions,
+    "fallback": FallbackOptions,
+    "numerics": NumericsOptions,
+}
+# The two decays are one public option, as in torch and transformers.
+_FOLDED_INTO_BETAS = {"beta1", "beta2"}
+_BETAS = option((0.9, 0.999), "decay of the first and second moments", low=0, high=1, high_open=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionSpec:
+    """One public option of an optimizer, for parsers, help texts and error messages.
+
+    Attributes:
+        type: ``int``, ``float``, ``bool``, ``str`` or ``tuple`` (a pair of floats).
+        optional: whether ``None`` is a value of it.
+        allowed: the allowed values in words, empty where the type says it all.
+        section: ``algorithm``, ``stages``, ``grouping``, ``fallback`` or ``numerics``.
+    """
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    help: str
+    symbol: str
+    allowed: str
+    section: str
+
+
+def list_optimizers() -> tuple[str, ...]:
+    """Returns all registered names."""
+    return tuple(_INFOS)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Returns ``" Did you mean 'x'?"`` for the closest of ``words``, or an empty string."""
+    close = get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def optimizer_info(name: str) -> OptimizerInfo:
+    """Returns the registry row of ``name``.
+
+    Raises:
+        ValueError: if there is none; the message names the nearest and all valid names.
+    """
+    if name not in _INFOS:
+        raise ValueError(
+            f"unknown optimizer {name!r}.{nearest(name, _INFOS)} Valid names: {', '.join(_INFOS)}"
+        )
+    return _INFOS[name]
+
+
+def option_specs(name: str) -> dict[str, OptionSpec]:
+    """Returns the public options of an optimizer by name, the algorithm's own first.
+
+    Raises:
+        ValueError: if ``name`` is not registered.
+    """
+    info = optimizer_info(name)
+    specs = [
+        _spec(info, item, hints[item.name], section)
+        for section, cls, hints in _option_classes(info)
+        for item in fields(cls)
+        if item.name not in _FOLDED_INTO_BETAS and item.name not in info.fixed
+    ]
+    betas = OptionSpec(
+        name="betas",
+        type=tuple,
+        optional=False,
+        default=info.defaults.get("betas", _BETAS.default),
+        help=_BETAS.metadata["help"],
+        symbol="",
+        allowed=allowed_values(_BETAS.metadata),
+        section="stages",
+    )
+    own = [spec for spec in specs if spec.section == "algorithm"]
+    rest = [spec for spec in specs if spec.section != "algorithm"]
+    return {spec.name: spec for spec in (*own, betas, *rest)}
+
+
+def resolve(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
+    """Turns a name and flat options into a recipe.
+
+    Raises:
+        ValueError: unknown name or option (with the nearest valid one), a value of a wrong type or outside
+            its range.
+    """
+    info, specs = optimizer_info(name), option_specs(name)
+    given = dict(options or {})
+    for key, value in given.items():
+        if key not in specs:
+            raise ValueError(
+                f"{name} has no option {key!r}.{nearest(key, specs)} Valid options: {', '.join(specs)}"
+            )
+        given[key] = _checked_type(specs[key], value)
+    values = {key: spec.default for key, spec in specs.items()} | given
+    beta1, beta2 = _checked_betas(values.pop("betas"))
+    if values.get("graft_beta2") is None:
+        values["graft_beta2"] = beta2
+    values |= {"beta1": beta1, "beta2": beta2, **info.fixed}
+    parts = {
+        section: cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
+        for section, cls, _ in _option_classes(info)
+    }
+    return Recipe(name=name, betas=(beta1, beta2), **parts)
+
+
+def create_optimizer(
+    model: nn.Module | Iterable[Any],
+    name: str,
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    rules: Iterable[Rule] | None = None,
+    **options: Any,
+) -> PreconditionedOptimizer:
+    """Builds an optimizer by name for a plain PyTorch loop.
+
+    Args:
+        model: a module (parameters get their views from ``rules``), or what torch optimizers take:
+            parameters, ``named_parameters()`` or param groups (views follow from shapes alone).
+        name: a registered name, see :func:`list_optimizers`.
+        lr: learning rate of the groups that give none.
+        weight_decay: decoupled weight decay. With a module it leaves out vectors (norms, biases).
+        rules: view rules, first match wins; default :data:`GENERAL_RULES`.
+        **options: options of the optimizer, see :func:`option_specs`.
+
+    Raises:
+        ValueError: for an unknown name or option, or a value that is not allowed.
+    """
+    recipe = resolve(name, options)
+    params = (
+        param_groups(model, rules=rules, weight_decay=weight_decay)
+        if isinstance(model, nn.Module)
+        else model
+    )
+    return PreconditionedOptimizer(params, recipe, lr=lr, weight_decay=weight_decay)
+
+
+def param_groups(
+    model: nn.Module, *, rules: Iterable[Rule] | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Returns two param groups of a model's trainable parameters, matrices and vectors (never decayed).
+
+    Each holds named parameters and, index-aligned, their views as plain lists.
+    """
+    matrices: dict[str, Any] = {"params": [], "views": [], "weight_decay": weight_decay}
+    vectors: dict[str, Any] = {"params": [], "views": [], "weight_decay": 0.0}
+    for info, assignment in assign_all(model, GENERAL_RULES if rules is None else rules):
+        group = vectors if info.param.ndim < 2 else matrices
+        group["params"].append((info.name, info.param))
+        group["views"].append([view.to_plain() for view in assignment.views])
+    return [group for group in (matrices, vectors) if group["params"]]
+
+
+def _option_classes(info: OptimizerInfo) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    for section, cls in {"algorithm": info.algorithm, **_SECTIONS}.items():
+        yield section, cls, get_type_hints(cls)
+
+
+def _spec(info: OptimizerInfo, item: Field[Any], hint: Any, section: str) -> OptionSpec:
+    kind, optional = _plain_type(hint)
+    return OptionSpec(
+        name=item.name,
+        type=kind,
+        optional=optional,
+        default=info.defaults.get(item.name, field_default(item)),
+        help=item.metadata["help"],
+        symbol=item.metadata["symbol"],
+        allowed=allowed_values(item.metadata),
+        section=section,
+    )
+
+
+def _plain_type(hint: Any) -> tuple[type, bool]:
+    """Splits ``int | None`` into (int, True)."""
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        return kinds[0], len(kinds) < len(get_args(hint))
+    return hint, False
+
+
+def _checked_type(spec: OptionSpec, value: Any) -> Any:
+    """Returns ``value`` in the option's type (an int for a float is taken; a bool is not a number)."""
+    if value is None and spec.optional:
+        return None
+    if spec.type is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if spec.type is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if type(value) is spec.type:
+        return value
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a word", tuple: "a pair"}
+    none = " or none" if spec.optional else ""
+    allowed = f" ({spec.allowed})" if spec.allowed else ""
+    raise ValueError(f"{spec.name} = {value!r} is not allowed: it must be {words[spec.type]}{none}{allowed}")
+
+
+def _checked_betas(betas: tuple[Any, ...]) -> tuple[float, float]:
+    numbers = [beta for beta in betas if isinstance(beta, (int, float)) and not isinstance(beta, bool)]
+    if len(betas) != 2 or len(numbers) != 2 or not all(0 <= beta < 1 for beta in numbers):
+        raise ValueError(f"betas = {betas!r} is not allowed: it must be two numbers, each >= 0 and < 1")
+    return float(betas[0]), float(betas[1])
+
+
+ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]

@@ -1,0 +1,94 @@
+"""Which views share a stack: equal block shapes of one algorithm become one batched call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_precond.views.view import ParamView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedView:
+    """One view of one parameter, before stacking.
+
+    Attributes:
+        param: index of the parameter.
+        view: its window.
+        key: views stack only with views of an equal key (algorithm, device).
+    """
+
+    param: int
+    view: ParamView
+    key: tuple[str, torch.device]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A view's place in a bucket: groups ``start:stop`` of the stack."""
+
+    param: int
+    view: ParamView
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """A stack ``[G, M, B]`` of views of one block shape, worked on by one batched call."""
+
+    key: tuple[str, torch.device]
+    slots: tuple[Slot, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, M, B) of the whole stack."""
+        _, blocks, size = self.slots[0].view.shape
+        return self.slots[-1].stop, blocks, size
+
+    @property
+    def params(self) -> tuple[int, ...]:
+        """Indices of the parameters that have a view here, each once."""
+        return tuple(dict.fromkeys(slot.param for slot in self.slots))
+
+
+def plan_buckets(views: Iterable[PlannedView], *, max_elements: int) -> list[Bucket]:
+    """Stacks views of equal key and block shape, in order, up to ``max_elements`` per stack.
+
+    The limit bounds the memory of a step's temporaries. A parameter's views of one shape stay together.
+    """
+    stacks: dict[tuple[object, ...], list[list[PlannedView]]] = {}
+    for item in views:
+        parts = stacks.setdefault((item.key, item.view.shape[1:]), [[]])
+        if parts[-1] and parts[-1][-1].param != item.param:
+            filled = sum(other.view.numel for other in parts[-1])
+            if filled + item.view.numel > max_elements:
+                parts.append([])
+        parts[-1].append(item)
+    return [_bucket(part) for parts in stacks.values() for part in parts]
+
+
+def clusters(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
+    """Groups buckets that share a parameter, so that norms over whole parameters stay inside a cluster."""
+    found: list[tuple[set[int], list[Bucket]]] = []
+    for bucket in buckets:
+        params = set(bucket.params)
+        touching = [entry for entry in found if entry[0] & params]
+        merged = (params.union(*(entry[0] for entry in touching)), [])
+        for entry in touching:
+            merged[1].extend(entry[1])
+            found.remove(entry)
+        merged[1].append(bucket)
+        found.append(merged)
+    return [members for _, members in found]
+
+
+def _bucket(items: Sequence[PlannedView]) -> Bucket:
+    slots, start = [], 0
+    for item in items:
+        stop = start + item.view.shape[0]
+        slots.append(Slot(param=item.param, view=item.view, start=start, stop=stop))
+        start = stop
+    return Bucket(key=items[0].key, slots=tuple(slots))
