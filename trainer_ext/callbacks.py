@@ -1,0 +1,60 @@
+"""What the Trainer shows of the optimizer: the plan at the start, health figures in the logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.registry import list_optimizers
+from trainer_ext.build import plan_line
+from trainer_ext.log import get_logger
+
+logger = get_logger(__name__)
+
+HEALTH_PREFIX = "optim_"
+
+
+class OptimizerInUseCallback(TrainerCallback):
+    """Shows the plan when training begins; refuses another optimizer than was asked for."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises RuntimeError if ``args.optim`` names one of ours and another one is in use."""
+        optimizer = our_optimizer(kwargs.get("optimizer"))
+        if optimizer is not None:
+            optimizer.health()  # starts the first logging interval here
+            if state.is_world_process_zero:
+                logger.info(plan_line(optimizer))
+        elif args.optim in list_optimizers():
+            name = str(getattr(args.optim, "value", args.optim))
+            in_use = type(unwrap(kwargs.get("optimizer"))).__name__
+            raise RuntimeError(
+                f"optim={name!r} was asked for, but the optimizer in use is {in_use}"
+            )
+
+
+def unwrap(optimizer: Any) -> Any:
+    """Returns the optimizer inside wrappers such as Accelerate's."""
+    seen: list[Any] = []
+    while not isinstance(optimizer, PreconditionedOptimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer) or any(inner is other for other in seen):
+            break
+        seen.append(optimizer)
+        optimizer = inner
+    return optimizer
+
+
+def our_optimizer(optimizer: Any) -> PreconditionedOptimizer | None:
+    """Returns the unwrapped optimizer if it is one of ours."""
+    inner = unwrap(optimizer)
+    return inner if isinstance(inner, PreconditionedOptimizer) else None
+
+
+def health_logs(optimizer: PreconditionedOptimizer) -> dict[str, float]:
+    """Returns the health figures since the last call, under the names they have in the logs."""
+    return {f"{HEALTH_PREFIX}{name}": float(value) for name, value in optimizer.health().items()}

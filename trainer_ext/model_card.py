@@ -1,0 +1,118 @@
+"""Model cards: a whole README.md for a checkpoint, or our section in the Trainer's card."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+from transformers import PreTrainedModel, Trainer
+
+from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.registry import optimizer_info, option_specs
+from trainer_ext.arguments import as_text
+
+TAG = "hf-precond"
+_TEMPLATES = Path(__file__).parent / "templates"
+_BEGIN, _END = f"<!-- {TAG}: begin -->", f"<!-- {TAG}: end -->"
+_TIMINGS = re.compile(r"eval_(runtime|.*_per_second)$")
+
+
+def write_card(
+    trainer: Trainer, optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]
+) -> None:
+    """Writes README.md into ``folder``, or adds our section to the one that is there."""
+    if (Path(folder) / "README.md").is_file():
+        add_section(trainer, optimizer, folder)
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    data = ModelCardData(
+        library_name="transformers", tags=[TAG, optimizer.algorithm_name, "generated_from_trainer"]
+    )
+    content = _render(
+        "model_card.md",
+        card_data=data.to_yaml(),
+        title=_title(trainer),
+        class_name=type(model).__name__,
+        num_parameters=sum(param.numel() for param in model.parameters()),
+        loadable=isinstance(model, PreTrainedModel),
+        metrics=last_metrics(trainer.state.log_history),
+        section=_section(optimizer),
+    )
+    ModelCard(content).save(Path(folder) / "README.md")
+
+
+def add_section(
+    trainer: Trainer, optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]
+) -> None:
+    """Puts our section and tags into the README.md of ``folder``; replaces an earlier section."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    tags = card.data.tags or []
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    card.data.tags = tags + [tag for tag in (TAG, optimizer.algorithm_name) if tag not in tags]
+    earlier = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
+    card.text = f"{earlier.sub('', card.text).rstrip()}\n\n{_section(optimizer)}\n"
+    card.save(path)
+
+
+def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns the last evaluation's figures as text, without timings."""
+    for entry in reversed(log_history):
+        metrics = {
+            key: f"{value:.4g}"
+            for key, value in entry.items()
+            if key.startswith("eval_")
+            and not _TIMINGS.match(key)
+            and isinstance(value, (int, float))
+        }
+        if metrics:
+            return {**metrics, "step": str(entry.get("step", ""))}
+    return {}
+
+
+def changed_options(optimizer: PreconditionedOptimizer) -> dict[str, str]:
+    """Returns the options that differ from the defaults, in the notation of ``optim_args``."""
+    values = optimizer.recipe.hyperparameters()
+    return {
+        name: as_text(values[name])
+        for name, spec in option_specs(optimizer.algorithm_name).items()
+        if name in values and as_text(values[name]) != as_text(spec.default)
+    }
+
+
+def _section(optimizer: PreconditionedOptimizer) -> str:
+    info = optimizer_info(optimizer.algorithm_name)
+    section = _render(
+        "optimizer_section.md",
+        name=info.name,
+        summary=info.summary,
+        paper=info.paper,
+        plan=optimizer.plan(),
+        hyperparameters=_hyperparameters(optimizer),
+        fallback=optimizer.recipe.fallback.fallback,
+        optim_args=",".join(f"{key}={value}" for key, value in changed_options(optimizer).items()),
+    )
+    return f"{_BEGIN}\n{section.strip()}\n{_END}"
+
+
+def _hyperparameters(optimizer: PreconditionedOptimizer) -> dict[str, str]:
+    first = optimizer.param_groups[0]
+    groups = {
+        "learning rate": f"{first.get('initial_lr', first['lr']):g}",
+        "weight decay": f"{first['weight_decay']:g}",
+    }
+    specs, values = option_specs(optimizer.algorithm_name), optimizer.recipe.hyperparameters()
+    return groups | {name: as_text(values[name]) for name in specs if name in values}
+
+
+def _title(trainer: Trainer) -> str:
+    return trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string((_TEMPLATES / template).read_text()).render(**values)
