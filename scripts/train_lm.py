@@ -397,13 +397,33 @@ def build_model(
     """The pretrained model, or a new one whose weights depend on config and seed only.
 
     Raises:
-        ValueError: blocks longer than the model's context, or a tokenizer that does not fit.
+        ValueError: blocks longer than the model's context.
     """
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and data_args.block_size > context:
         raise ValueError(
             f"block_size={data_args.block_size} exceeds the {context} positions of the model"
         )
+    model = new_or_pretrained_model(model_args, data_args, config, tokenizer, seed)
+    if model.loss_type is None:
+        # Derived from the class name, which for GPT-2 says nothing. The Trainer then counts T
+        # tokens a sequence instead of the T - 1 predicted ones and reports too small a loss.
+        model.loss_type = "ForCausalLM"
+    return model
+
+
+def new_or_pretrained_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> PreTrainedModel:
+    """Loads the weights, or initialises them for the vocabulary of the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the pretrained model.
+    """
     options: dict[str, Any] = {"dtype": model_args.model_dtype}
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
@@ -414,9 +434,9 @@ def build_model(
                 f"model of {model_args.model_name_or_path!r} only {config.vocab_size}"
             )
         return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
-    config.vocab_size = data_args.vocab_size or max(config.vocab_size, len(tokenizer))
-    if data_args.tokenizer_name is not None:
-        config.vocab_size = len(tokenizer)
+    # A small text may have fewer merges than asked for; the embedding keeps the size asked for.
+    trained = data_args.tokenizer_name is None
+    config.vocab_size = data_args.vocab_size or (config.vocab_size if trained else len(tokenizer))
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id

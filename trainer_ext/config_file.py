@@ -29,6 +29,7 @@ class ScriptArgumentParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        raise AssertionError("unreachable: exit ends the process")
 
 
 def parse_config_and_command_line(
@@ -49,16 +50,21 @@ def parse_config_and_command_line(
     parser = ScriptArgumentParser(dataclass_types, description=description)
     parser.set_defaults(**(defaults or {}))
     arguments = list(sys.argv[1:] if argv is None else argv)
+    names = field_names(dataclass_types)
     try:
         config_arguments: list[str] = []
         if arguments and arguments[0].endswith(YAML_SUFFIXES):
             config = read_yaml_mapping(arguments.pop(0))
-            check_keys(config, field_names(dataclass_types))
+            check_keys(config, names)
             config_arguments = to_arguments(config)
-        # A stray `SCRIPT.args` file would change a run without a trace.
-        return parser.parse_args_into_dataclasses(
-            [*config_arguments, *arguments], look_for_args_file=False
+        *parsed, unused = parser.parse_args_into_dataclasses(
+            [*config_arguments, *arguments],
+            return_remaining_strings=True,
+            # A stray `SCRIPT.args` file would change a run without a trace.
+            look_for_args_file=False,
         )
+        check_unused(unused, names)
+        return tuple(parsed)
     except ValueError as error:
         parser.error(str(error))
 
@@ -94,12 +100,23 @@ def check_keys(config: Mapping[str, Any], allowed: Iterable[str]) -> None:
     Raises:
         ValueError: names the first unknown key and the nearest valid ones.
     """
-    allowed = sorted(allowed)
+    allowed = frozenset(allowed)
     for key in config:
         if key not in allowed:
-            nearest = difflib.get_close_matches(str(key), allowed, n=3)
-            hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-            raise ValueError(f"unknown option {key!r} in the config file{hint}")
+            raise ValueError(f"unknown key {key!r} in the config file{_hint(str(key), allowed)}")
+
+
+def check_unused(unused: Sequence[str], allowed: Iterable[str]) -> None:
+    """Checks that the parser understood every argument.
+
+    Raises:
+        ValueError: names the first argument left over and, for an option, the nearest valid ones.
+    """
+    for argument in unused:
+        if not argument.startswith("--"):
+            raise ValueError(f"argument {argument!r} belongs to no option")
+        key = argument[2:].partition("=")[0]
+        raise ValueError(f"unknown option '--{key}'{_hint(key, allowed)}")
 
 
 def to_arguments(config: Mapping[str, Any]) -> list[str]:
@@ -117,6 +134,11 @@ def to_arguments(config: Mapping[str, Any]) -> list[str]:
         else:
             arguments.append(f"--{key}={_to_text(value)}")
     return arguments
+
+
+def _hint(key: str, allowed: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, sorted(allowed), n=3)
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def _to_text(value: Any) -> str:

@@ -14,11 +14,11 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TypeAlias, cast
 
 import datasets
 
-TextDataset = datasets.Dataset | datasets.IterableDataset
+TextDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 STDLIB = "stdlib"
 STDLIB_EXCLUDED_FOLDERS = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages"})
@@ -76,14 +76,14 @@ def load_corpus(
             validation_split_percentage=validation_split_percentage,
             streaming=streaming,
         )
-    if dataset_name in (None, STDLIB):
+    if dataset_name is None or dataset_name == STDLIB:
         if dataset_config_name is not None:
             raise ValueError(
                 f"dataset_config_name={dataset_config_name!r}: {STDLIB!r} has no configurations"
             )
         return load_stdlib(streaming=streaming)
     return load_from_hub(
-        cast(str, dataset_name),
+        dataset_name,
         dataset_config_name,
         validation_split_percentage=validation_split_percentage,
         streaming=streaming,
@@ -260,8 +260,11 @@ def hold_out_tail(
 
 
 def _open_text(path: Path) -> IO[str]:
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    return cast("IO[str]", opener(path, "rt", encoding="utf-8"))
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".gz":
+        return cast("IO[str]", gzip.open(path, "rt", encoding="utf-8"))
+    return path.open(encoding="utf-8")
 
 
 def _text_field(line: str, path: Path) -> str:
