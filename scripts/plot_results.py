@@ -1,0 +1,251 @@
+#!/usr/bin/env python
+"""Turns the JSON lines of scripts/sweep.py into a markdown table and a plot.
+
+    scripts/plot_results.py results/wikitext2_gpt2_7m.jsonl
+
+Each variant is shown with its best learning rate: the one with the lowest mean final validation
+loss over its seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+Curve = list[tuple[int, float]]
+"""Validation loss by step, ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantResult:
+    """A variant at its best learning rate, averaged over seeds.
+
+    Attributes:
+        curve: mean validation loss; of steps that all seeds have.
+        tried: learning rate -> mean final validation loss, infinite for a diverged rate.
+        seconds_per_step: training time without start-up, evaluations included.
+    """
+
+    name: str
+    learning_rate: float
+    seeds: int
+    curve: Curve
+    tried: Mapping[float, float]
+    seconds_per_step: float
+
+    @property
+    def final_loss(self) -> float:
+        """Mean validation loss of the last evaluation."""
+        return self.curve[-1][1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the table and the plot beside the results file."""
+    args = parse_arguments(argv)
+    try:
+        results = summarise(read_records(args.results))
+        table = markdown_table(results, baseline=args.baseline)
+    except ValueError as error:
+        print(f"plot_results.py: error: {error}", file=sys.stderr)
+        return 2
+    stem = args.output or args.results.with_suffix("")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    markdown, image = Path(f"{stem}.md"), Path(f"{stem}.png")
+    markdown.write_text(f"{table}\n\n{learning_rate_table(results)}\n", encoding="utf-8")
+    plot(results, image, title=args.title or args.results.stem)
+    print(table, f"\nwritten: {markdown}, {image}", sep="\n")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="JSON lines of scripts/sweep.py")
+    parser.add_argument("--output", type=Path, help="path without suffix; that of the results")
+    parser.add_argument("--baseline", default="adamw_torch", help="variant the others are set to")
+    parser.add_argument("--title", help="title of the plot")
+    return parser.parse_args(argv)
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The runs of a results file.
+
+    Raises:
+        ValueError: no file, or a file without runs.
+    """
+    if not path.is_file():
+        raise ValueError(f"results file {str(path)!r} does not exist")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines if line.strip()]
+    if not records:
+        raise ValueError(f"results file {str(path)!r} holds no run")
+    return records
+
+
+def summarise(records: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
+    """One result per variant, in the order of the file.
+
+    Raises:
+        ValueError: a variant whose runs all diverged.
+    """
+    by_variant: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+    for record in records:
+        rates = by_variant.setdefault(record["variant"], defaultdict(list))
+        rates[float(record["options"]["learning_rate"])].append(record)
+    return [best_rate(name, rates) for name, rates in by_variant.items()]
+
+
+def best_rate(name: str, rates: Mapping[float, Sequence[Mapping[str, Any]]]) -> VariantResult:
+    """The variant at the learning rate with the lowest mean final validation loss.
+
+    Raises:
+        ValueError: all of them diverged.
+    """
+    tried = {rate: fmean(map(final_loss, runs)) for rate, runs in sorted(rates.items())}
+    best = min(tried, key=tried.__getitem__)
+    if not math.isfinite(tried[best]):
+        raise ValueError(f"variant {name!r}: every learning rate diverged")
+    runs = rates[best]
+    return VariantResult(
+        name=name,
+        learning_rate=best,
+        seeds=len(runs),
+        curve=mean_curve([to_curve(run["eval_loss"]) for run in runs]),
+        tried=tried,
+        seconds_per_step=fmean(
+            run["metrics"]["train_runtime"] / run["eval_loss"][-1][0] for run in runs
+        ),
+    )
+
+
+def final_loss(record: Mapping[str, Any]) -> float:
+    """The last validation loss of a run, infinite where it diverged or was never evaluated."""
+    curve = to_curve(record["eval_loss"])
+    return curve[-1][1] if curve else math.inf
+
+
+def to_curve(points: Sequence[Sequence[float | None]]) -> Curve:
+    """[step, loss] pairs of a record; a missing loss is that of a diverged run: infinite."""
+    return [(int(step or 0), math.inf if loss is None else loss) for step, loss in points]
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Mean loss over curves, at the steps that all of them have.
+
+    >>> mean_curve([[(1, 2.0), (2, 1.0)], [(1, 4.0)]])
+    [(1, 3.0)]
+    """
+    tables = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(step, fmean(table[step] for table in tables)) for step in steps]
+
+
+def steps_to_reach(curve: Curve, loss: float) -> float | None:
+    """The first step at which the curve, joined by straight lines, is at or below `loss`.
+
+    >>> steps_to_reach([(100, 5.0), (200, 4.0)], 4.5)
+    150.0
+    """
+    previous: tuple[int, float] | None = None
+    for step, value in curve:
+        if value <= loss:
+            if previous is None:
+                return float(step)
+            last_step, last_value = previous
+            share = (last_value - loss) / (last_value - value)
+            return last_step + share * (step - last_step)
+        previous = (step, value)
+    return None
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def markdown_table(results: Sequence[VariantResult], *, baseline: str) -> str:
+    """One row per variant; steps to the baseline's final loss, as a share of its steps.
+
+    Raises:
+        ValueError: the baseline is not among the variants.
+    """
+    by_name = {result.name: result for result in results}
+    if baseline not in by_name:
+        raise ValueError(f"--baseline {baseline!r} must be one of {', '.join(by_name)}")
+    target = by_name[baseline]
+    rows = [
+        "| optimizer | best learning rate | seeds | steps | validation loss | perplexity "
+        f"| steps to the loss of {baseline} | s / step |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        steps = result.curve[-1][0]
+        rows.append(
+            f"| {result.name} | {result.learning_rate:g} | {result.seeds} | {steps} "
+            f"| {result.final_loss:.4f} | {math.exp(result.final_loss):.1f} "
+            f"| {_steps_cell(result, target)} | {result.seconds_per_step:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def learning_rate_table(results: Sequence[VariantResult]) -> str:
+    """Final validation loss of every learning rate that was tried, the best one in bold."""
+    rates = sorted({rate for result in results for rate in result.tried})
+    rows = [
+        f"| optimizer | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        f"|---|{'---:|' * len(rates)}",
+    ]
+    for result in results:
+        cells = (_loss_cell(result, rate) for rate in rates)
+        rows.append(f"| {result.name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def plot(results: Sequence[VariantResult], path: Path, *, title: str) -> None:
+    """Draws validation loss by step, one line per variant, as a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for result in results:
+        steps, losses = zip(*result.curve, strict=True)
+        axes.plot(steps, losses, marker="o", markersize=3, label=_legend(result))
+    axes.set(xlabel="step", ylabel="validation loss [nats / token]", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _steps_cell(result: VariantResult, target: VariantResult) -> str:
+    steps = steps_to_reach(result.curve, target.final_loss)
+    return "not reached" if steps is None else f"{steps:.0f} ({steps / target.curve[-1][0]:.0%})"
+
+
+def _loss_cell(result: VariantResult, rate: float) -> str:
+    if rate not in result.tried:
+        return ""
+    loss = result.tried[rate]
+    cell = f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+    return f"**{cell}**" if rate == result.learning_rate else cell
+
+
+def _legend(result: VariantResult) -> str:
+    return f"{result.name}, lr {result.learning_rate:g}: {result.final_loss:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Every committed YAML file says valid things, one commented key a line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import TrainingArguments
+
+from trainer_ext.config_file import parse_config_and_command_line, read_yaml_mapping, to_arguments
+
+Parse = Callable[[Sequence[str]], tuple[Any, ...]]
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+KEY_LINE = re.compile(r"^\s*(- )?[\w-]+:")
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted((CONFIGS / folder).glob("*.yaml"))
+
+
+@pytest.fixture
+def parse(train_lm: ModuleType) -> Parse:
+    """Parses arguments as scripts/train_lm.py does."""
+    types = (train_lm.ModelArguments, train_lm.DataArguments, TrainingArguments)
+    return lambda argv: parse_config_and_command_line(types, argv)
+
+
+@pytest.mark.parametrize("path", _files("lm"), ids=lambda path: path.stem)
+def test_lm_configs_are_valid_arguments(parse: Parse, path: Path) -> None:
+    *_, args = parse([str(path)])
+    assert args.optim == read_yaml_mapping(path)["optim"]
+
+
+@pytest.mark.parametrize("path", _files("bench"), ids=lambda path: path.stem)
+def test_bench_configs_expand_to_valid_runs(sweep: ModuleType, parse: Parse, path: Path) -> None:
+    runs = sweep.expand(sweep.read_sweep(path))
+    assert runs
+    for run in runs:
+        *_, args = parse(to_arguments(run.options))
+        assert args.learning_rate == run.options["learning_rate"]
+
+
+@pytest.mark.parametrize("path", _files("accelerate"), ids=lambda path: path.stem)
+def test_accelerate_configs_load(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes == read_yaml_mapping(path)["num_processes"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_value_has_a_comment_and_no_path_is_absolute(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    with_values = [line for line in lines if KEY_LINE.match(line) and not line.endswith(":")]
+    uncommented = [line for line in with_values if "#" not in line]
+    # The variants of a sweep are the algorithms themselves: their names say enough.
+    assert [line for line in uncommented if "{optim:" not in line] == []
+    assert not [line for line in lines if re.search(r":\s+/", line)]

@@ -1,0 +1,92 @@
+"""scripts/plot_results.py: which run counts as best, and the figures in the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def _record(variant: str, rate: float, losses: list[float | None], seed: int = 0) -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "seed": seed,
+        "options": {"learning_rate": rate},
+        "eval_loss": [[100 * (n + 1), loss] for n, loss in enumerate(losses)],
+        "metrics": {"train_runtime": 400.0},
+    }
+
+
+RECORDS = [
+    _record("adamw_torch", 1e-3, [6.0, 5.0]),
+    _record("adamw_torch", 2e-3, [6.0, 4.0]),
+    _record("adamw_torch", 4e-3, [6.0, None]),
+    _record("shared_basis_adam", 1e-3, [5.0, 3.0], seed=0),
+    _record("shared_basis_adam", 1e-3, [5.0, 4.0], seed=1),
+    _record("shared_basis_adam", 2e-3, [3.6, 3.6]),
+]
+
+
+@pytest.fixture
+def results_file(tmp_path: Path) -> Path:
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+def test_best_rate_is_chosen_by_the_mean_over_seeds(plot_results: ModuleType) -> None:
+    adamw, shared = plot_results.summarise(RECORDS)
+    assert (adamw.learning_rate, adamw.final_loss) == (2e-3, 4.0)
+    assert (shared.learning_rate, shared.seeds, shared.final_loss) == (1e-3, 2, 3.5)
+    assert shared.curve == [(100, 5.0), (200, 3.5)]
+    assert adamw.seconds_per_step == 2.0
+
+
+def test_table_counts_steps_to_the_loss_of_the_baseline(plot_results: ModuleType) -> None:
+    table = plot_results.markdown_table(plot_results.summarise(RECORDS), baseline="adamw_torch")
+    adamw, shared = table.splitlines()[2:]
+    assert "| 200 (100%) |" in adamw
+    # 5.0 at step 100 and 3.5 at 200 cross 4.0 at two thirds of the way.
+    assert "| 167 (83%) |" in shared
+
+
+def test_loss_never_reached_is_said(plot_results: ModuleType) -> None:
+    assert plot_results.steps_to_reach([(1, 5.0), (2, 4.5)], 4.0) is None
+
+
+def test_diverged_rates_are_listed_as_such(plot_results: ModuleType) -> None:
+    table = plot_results.learning_rate_table(plot_results.summarise(RECORDS))
+    assert "| adamw_torch | 5.0000 | **4.0000** | diverged |" in table
+
+
+def test_files_are_written_beside_the_results(
+    plot_results: ModuleType, results_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plot_results.main([str(results_file)]) == 0
+    assert "shared_basis_adam" in results_file.with_suffix(".md").read_text()
+    assert results_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ([], (), "holds no run"),
+        ([_record("a", 0.1, [None])], (), "every learning rate diverged"),
+        ([_record("a", 0.1, [1.0])], (), "--baseline 'adamw_torch' must be one of a"),
+    ],
+)
+def test_unusable_results_are_refused(
+    plot_results: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    lines: list[dict[str, Any]],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    assert plot_results.main([str(path), *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""scripts/sweep.py: which runs a file means, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+CONFIG = {
+    "base": {"max_steps": 3, "label_names": ["a", "b"]},
+    "grid": {"seed": [0, 1], "learning_rate": [0.1, 0.2]},
+    "variants": {
+        "adamw_torch": {"optim": "adamw_torch"},
+        "sgd": {"optim": "sgd", "learning_rate": [1.0]},
+    },
+}
+
+
+def test_grid_is_crossed_and_a_variant_may_replace_it(sweep: ModuleType) -> None:
+    runs = sweep.expand(CONFIG)
+    seen = [(run.variant, run.options["seed"], run.options["learning_rate"]) for run in runs]
+    assert seen == [
+        ("adamw_torch", 0, 0.1),
+        ("adamw_torch", 0, 0.2),
+        ("adamw_torch", 1, 0.1),
+        ("adamw_torch", 1, 0.2),
+        ("sgd", 0, 1.0),
+        ("sgd", 1, 1.0),
+    ]
+    assert all(run.options["label_names"] == ["a", "b"] for run in runs)
+
+
+def test_overrides_win_over_everything(sweep: ModuleType) -> None:
+    runs = sweep.expand(CONFIG, {"max_steps": 1, "seed": 7, "learning_rate": [0.5]})
+    assert [(run.options["seed"], run.options["learning_rate"]) for run in runs] == [(7, 0.5)] * 2
+    assert {run.options["max_steps"] for run in runs} == {1}
+
+
+def test_keys_tell_runs_apart_and_ignore_the_notation(sweep: ModuleType) -> None:
+    keys = [run.key for run in sweep.expand(CONFIG)]
+    assert len(set(keys)) == len(keys)
+    plain, notation = (
+        sweep.expand(CONFIG, sweep.parse_overrides([f"learning_rate={text}"]))[0]
+        for text in ("0.001", "1e-3")
+    )
+    assert plain.key == notation.key
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("base: {}\ngird: {}\n", "unknown key 'gird' in the config file; did you mean grid?"),
+        ("variants: [adamw_torch]\n", "variants in .* must be a mapping"),
+        ("base: {max_steps: 1}\n", "must name at least one variant"),
+    ],
+)
+def test_malformed_sweep_files_are_refused(
+    sweep: ModuleType, tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        sweep.read_sweep(path)
+
+
+def test_unknown_variant_and_malformed_override_are_refused(sweep: ModuleType) -> None:
+    with pytest.raises(ValueError, match="--only 'lion' must be one of adamw_torch, sgd"):
+        sweep.select(sweep.expand(CONFIG), ["lion"])
+    with pytest.raises(ValueError, match="--set 'max_steps' must be KEY=VALUE"):
+        sweep.parse_overrides(["max_steps"])
+
+
+def test_curve_keeps_the_last_value_of_a_step_and_marks_divergence(sweep: ModuleType) -> None:
+    history = [
+        {"step": 2, "eval_loss": float("nan")},
+        {"step": 1, "eval_loss": 3.0},
+        {"step": 1, "eval_loss": 2.5},
+        {"step": 1, "loss": 9.0},
+    ]
+    assert sweep.curve(history, "eval_loss") == [[1, 2.5], [2, None]]
+
+
+def _write_config(path: Path, text: Path, cache: Path) -> None:
+    base: dict[str, Any] = {
+        "config_overrides": "n_layer=1,n_embd=16,n_head=2,n_positions=32",
+        "train_file": str(text),
+        "tokenizer_cache_dir": str(cache),
+        "vocab_size": 300,
+        "block_size": 16,
+        "per_device_train_batch_size": 2,
+        "max_eval_samples": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "logging_steps": 1,
+        "max_steps": 2,
+        "save_strategy": "no",
+        "save_final_model": False,
+        "report_to": "none",
+    }
+    variants = {"adamw_torch": {"optim": "adamw_torch"}, "wrong": {"optim": "no_such_optimizer"}}
+    path.write_text(json.dumps({"base": base, "grid": {"seed": [0]}, "variants": variants}))
+
+
+@pytest.mark.slow
+def test_sweep_records_runs_reports_failures_and_resumes(
+    sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} says {n % 7}\n" for n in range(400)))
+    config, results = tmp_path / "sweep.yaml", tmp_path / "results.jsonl"
+    _write_config(config, text, tmp_path / "tokenizers")
+    argv = [str(config), "--results", str(results), "--work_dir", str(tmp_path / "work")]
+    assert sweep.main(argv) == 1
+    assert "invalid choice: 'no_such_optimizer'" in capsys.readouterr().out
+    (record,) = [json.loads(line) for line in results.read_text().splitlines()]
+    assert record["variant"] == "adamw_torch"
+    assert [step for step, _ in record["eval_loss"]] == [1, 2]
+    assert [step for step, _ in record["train_loss"]] == [1, 2]
+    assert record["metrics"]["eval_loss"] == record["eval_loss"][-1][1]
+    assert record["seed"] == 0
+    assert record["packages"].keys() >= {"python", "torch", "transformers"}
+    assert record["hardware"]["cores"] >= 1
+    assert record["wall_time_s"] > 0
+    assert sweep.main([*argv, "--only", "adamw_torch"]) == 0
+    assert "1 runs, 1 of them in" in capsys.readouterr().out
+    assert len(results.read_text().splitlines()) == 1
