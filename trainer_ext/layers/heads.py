@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 _QUERY = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KEY = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+_SHARING = ("num_key_value_groups",)
 _SIZE = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
 _WIDTH = ("embed_dim", "hidden_size", "d_model")
 
@@ -31,24 +31,32 @@ class Heads:
         return self.key if piece in {"k", "v"} else self.query
 
 
-def read_heads(sources: Sequence[Any]) -> Heads | None:
-    """Returns the head counts found in the first source that has them, or ``None``.
+def read_heads(layers: Sequence[object], config: object) -> Heads | None:
+    """Returns the head counts of an attention layer, or ``None`` where nobody tells them.
+
+    A layer that knows its query heads but mentions no others has no shared ones, whatever the
+    config says: Whisper's config gives the encoder's count for all.
 
     Args:
-        sources: objects to ask, most trusted first: attention module, enclosing layer, config.
+        layers: modules to ask, most trusted first.
+        config: what to ask next.
     """
-    query = _first_count(sources, _QUERY)
+    own_query = _first_count(layers, _QUERY)
+    query = own_query or _first_count((config,), _QUERY)
     if query is None:
         return None
-    size = _first_count(sources, _SIZE)
-    if size is None:
-        width = _first_count(sources, _WIDTH)
-        if width is None or width % query:
-            return None
-        size = width // query
-    return Heads(query=query, key=_first_count(sources, _KEY) or query, size=size)
+    width = _first_count((*layers, config), _WIDTH) or 0
+    sharing = _first_count(layers, _SHARING)
+    return Heads(
+        query=query,
+        key=_first_count(layers, _KEY)
+        or (query // sharing if sharing else own_query)
+        or _first_count((config,), _KEY)
+        or query,
+        size=_first_count((*layers, config), _SIZE) or width // query,
+    )
 
 
-def _first_count(sources: Sequence[Any], names: Sequence[str]) -> int | None:
+def _first_count(sources: Sequence[object], names: Sequence[str]) -> int | None:
     values = (getattr(source, name, None) for source in sources for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)

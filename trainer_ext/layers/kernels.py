@@ -39,7 +39,7 @@ def find_layout(module: nn.Module) -> Layout | None:
 def _layer_assignments(
     prefix: str, module: nn.Module, config: Any, layout: Layout, grouping: Grouping
 ) -> Iterator[tuple[str, Assignment]]:
-    heads = read_heads((submodule(module, layout.core), module, config))
+    heads = read_heads((submodule(module, layout.core), module), config)
     for path, role in layout.kernels.items():
         for local, owner in matrices(module.get_submodule(path)):
             rows, columns = owner.get_parameter("weight").shape

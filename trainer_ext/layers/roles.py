@@ -182,5 +182,4 @@ ROLES: dict[str, Role] = {
     ),
     "output": AttentionRole(label="attention output", pieces=("o",), cut=_by_input, on_input=True),
     "gate up": FusedRole(pieces=("gate", "up")),
-    "up gate": FusedRole(pieces=("up", "gate")),
 }

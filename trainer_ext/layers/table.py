@@ -134,10 +134,10 @@ LAYOUTS: tuple[Layout, ...] = (
         classes=("PhiAttention",),
         kernels={"q_proj": "q", "k_proj": "k", "v_proj": "v", "dense": "output"},
     ),
-    # Gated feed-forward layers with both halves in one weight.
+    # Gated feed-forward layers with both halves in one weight, the activated one first.
     Layout(
         classes=("Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP", "Glm4vTextMLP"),
         kernels={"gate_up_proj": "gate up"},
     ),
-    Layout(classes=("ModernBertMLP", "ModernBertDecoderMLP"), kernels={"Wi": "up gate"}),
+    Layout(classes=("ModernBertMLP", "ModernBertDecoderMLP"), kernels={"Wi": "gate up"}),
 )
