@@ -31,7 +31,7 @@ def gaussian(steps: int, shape: Shape, *, seed: int = 0) -> Tensor:
 
 
 def heavy_tailed(steps: int, shape: Shape, *, seed: int = 0) -> Tensor:
-    """Entries of a t distribution with two degrees of freedom, and a hundredfold spike at one step."""
+    """Entries of a t distribution with two degrees of freedom, and one hundredfold spike."""
     out = gaussian(steps, shape, seed=seed)
     squares = torch.stack([gaussian(steps, shape, seed=seed + i) ** 2 for i in (1, 2)])
     out = out / squares.mean(0).sqrt()

@@ -1,6 +1,6 @@
 """What one optimizer step does to one parameter: a literal float64 transcript, no stacking.
 
-    gradient -> statistics -> direction d -> grafting -> first moment -> decoupled weight decay -> weight
+    gradient -> statistics -> direction d -> grafting -> first moment -> decoupled decay -> weight
 
 The algorithm itself is a pair ``update(g)``, ``apply(g)`` per group of a view, such as
 :class:`~tests.reference.shared_basis.SharedBasisReference`.
@@ -37,28 +37,42 @@ class BlockView(Protocol):
 
 @dataclass(kw_only=True)
 class Graft:
-    """The step s of a diagonal method, whose norm the direction takes over."""
+    """Grafting on one tensor: the direction takes the norm of a diagonal method's step s."""
 
     kind: str
     beta2: float
     steps: int = 0
-    exp_avg_sq: Tensor | None = None
+    exp_avg_sq: Tensor | float = 0.0
 
-    def step(self, g: Tensor) -> Tensor:
-        """Takes the whole parameter's gradient in and returns s."""
+    def update(self, g: Tensor) -> None:
+        """Takes the gradient into the second moment."""
         self.steps += 1
-        kind, _, normalized = self.kind.partition("_")
-        if normalized:
-            g = g / (g.norm() + TINY_NORM)
-        if kind in ("none", "sgd"):
-            return g
-        sums = kind == "adagrad" or self.beta2 == 1.0
-        old, new = (1.0, 1.0) if sums else (self.beta2, 1.0 - self.beta2)
-        before = torch.zeros_like(g) if self.exp_avg_sq is None else self.exp_avg_sq
-        self.exp_avg_sq = old * before + new * g**2
-        corrected = kind == "adam" and not sums
-        v = self.exp_avg_sq / (1.0 - self.beta2**self.steps) if corrected else self.exp_avg_sq
-        return g / (v.sqrt() + TINY_ROOT)
+        old, new = (1.0, 1.0) if self.sums else (self.beta2, 1.0 - self.beta2)
+        self.exp_avg_sq = old * self.exp_avg_sq + new * self._normalized(g) ** 2
+
+    def step(self, x: Tensor) -> Tensor:
+        """Returns s for the gradient, or for its momentum where that is preconditioned."""
+        s = self._normalized(x)
+        if self.kind in ("none", "sgd", "sgd_normalized"):
+            return s
+        correction = 1.0
+        if self.kind in ("adam", "adam_normalized") and not self.sums:
+            correction = 1.0 - self.beta2**self.steps
+        return s / (torch.as_tensor(self.exp_avg_sq / correction).sqrt() + TINY_ROOT)
+
+    def rescale(self, direction: Tensor, x: Tensor) -> Tensor:
+        """d <- d ||s|| / ||d||."""
+        if self.kind == "none":
+            return direction
+        return direction * (self.step(x).norm() / (direction.norm() + TINY_NORM))
+
+    @property
+    def sums(self) -> bool:
+        """A decay of one means a sum too (the convention of scalable Shampoo)."""
+        return self.kind.startswith("adagrad") or self.beta2 == 1.0
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return x / (x.norm() + TINY_NORM) if self.kind.endswith("_normalized") else x
 
 
 @dataclass(kw_only=True)
@@ -67,7 +81,8 @@ class MatrixReference:
 
     Args:
         groups: ``(view, group index) -> algorithm``, called once for each group.
-        graft_scope: the piece whose norm is taken over: "parameter", "view" or "group".
+        graft_scope: the tensors that are grafted each on their own: the "parameter", its "view"s or
+            every "group".
     """
 
     weight: Tensor
@@ -85,38 +100,56 @@ class MatrixReference:
     steps: int = 0
     moment: Tensor | None = None
     algorithms: dict[tuple[int, int], GroupReference] = field(default_factory=dict)
+    grafts: dict[tuple[int, int], Graft] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.diagonal = Graft(kind=self.graft, beta2=self.graft_beta2)
         for v, view in enumerate(self.views):
             for g in range(len(view.to_blocks(self.weight))):
                 self.algorithms[v, g] = self.groups(v, g)
+                self.grafts[v, g] = Graft(kind=self.graft, beta2=self.graft_beta2)
 
     def step(self, grad: Tensor | None) -> None:
-        """Moves the weight by one step; a missing or non-finite gradient leaves everything as it was."""
+        """Moves the weight by one step; without a finite gradient everything stays as it was."""
         if grad is None or not grad.isfinite().all():
             return
         self.steps += 1
-        self._each_group(grad, lambda algorithm, blocks: algorithm.update(blocks) or blocks)
-        if self.momentum_site == "gradient":
-            grad = self._first_moment(grad)
-        graft_step = self.diagonal.step(grad)
-        if self.steps < self.start_step:
-            direction = graft_step
+        self._each_group(lambda key, g: self.algorithms[key].update(g), grad)
+        self._each_piece(lambda graft, g: graft.update(g), grad)
+        moment = self._first_moment(grad) if self.momentum_site == "gradient" else grad
+        if self.steps >= self.start_step:
+            direction = self._each_group(lambda key, x: self.algorithms[key].apply(x), moment)
+            direction = self._each_piece(Graft.rescale, direction, moment)
+        elif self.graft == "none":
+            direction = grad
         else:
-            direction = self._each_group(grad, lambda algorithm, blocks: algorithm.apply(blocks))
-            if self.graft != "none":
-                direction = self._take_norm(direction, graft_step)
+            direction = self._each_piece(Graft.step, moment)
         if self.momentum_site == "direction":
             direction = self._first_moment(direction)
         self.weight = self.weight - self.lr * self.weight_decay * self.weight - self.lr * direction
 
-    def _each_group(self, grad: Tensor, act: Callable[[GroupReference, Tensor], Tensor]) -> Tensor:
-        out = torch.zeros_like(grad)
+    def _each_piece(self, act: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor:
+        """Applies ``act(graft, *pieces)`` to the pieces that ``graft_scope`` names."""
+        if self.graft_scope == "parameter":
+            out = act(self.grafts[0, 0], *tensors)
+        elif self.graft_scope == "view":
+            out = self._each_view(lambda v, *blocks: act(self.grafts[v, 0], *blocks), *tensors)
+        else:
+            out = self._each_group(lambda key, *blocks: act(self.grafts[key], *blocks), *tensors)
+        return tensors[0] if out is None else out
+
+    def _each_group(self, act: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor:
+        def act_on_view(v: int, *blocks: Tensor) -> Tensor | None:
+            done = [act((v, g), *parts) for g, parts in enumerate(zip(*blocks, strict=True))]
+            return None if done[0] is None else torch.stack(done)
+
+        return self._each_view(act_on_view, *tensors)
+
+    def _each_view(self, act: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor:
+        out = torch.zeros_like(tensors[0])
         for v, view in enumerate(self.views):
-            blocks = view.to_blocks(grad)
-            done = [act(self.algorithms[v, g], blocks[g]) for g in range(len(blocks))]
-            view.copy_from_blocks(out, torch.stack(done))
+            done = act(v, *(view.to_blocks(x) for x in tensors))
+            if done is not None:
+                view.copy_from_blocks(out, done)
         return out
 
     def _first_moment(self, x: Tensor) -> Tensor:
@@ -128,22 +161,6 @@ class MatrixReference:
             return self.moment
         self.moment = self.beta1 * before + (1.0 - self.beta1) * x
         return self.moment / (1.0 - self.beta1**self.steps)
-
-    def _take_norm(self, direction: Tensor, graft_step: Tensor) -> Tensor:
-        def rescale(d: Tensor, s: Tensor) -> Tensor:
-            return d * (s.norm() / (d.norm() + TINY_NORM))
-
-        if self.graft_scope == "parameter":
-            return rescale(direction, graft_step)
-        out = torch.zeros_like(direction)
-        for view in self.views:
-            d, s = view.to_blocks(direction), view.to_blocks(graft_step)
-            if self.graft_scope == "view":
-                view.copy_from_blocks(out, rescale(d, s))
-            else:
-                scaled = [rescale(d[g], s[g]) for g in range(len(d))]
-                view.copy_from_blocks(out, torch.stack(scaled))
-        return out
 
 
 @dataclass(kw_only=True)

@@ -4,8 +4,8 @@ One group = one matrix of m gradients g_i in R^b (its rows). Second moment of bl
 
     H_i <- a H_i + c g_i g_i^T,   (a, c) = (1, 1) for Adagrad, (beta2, 1 - beta2) for the Adam form,
 
-approximated by Q R_i Q^T + rho_i I with a basis Q all blocks share. Every quantity is evaluated from its
-definition (paper: Algorithm 1, equations 4 to 6), in Python loops over groups and blocks.
+approximated by Q R_i Q^T + rho_i I with a basis Q all blocks share. Every quantity is evaluated
+from its definition (paper: Algorithm 1, equations 4 to 6), in Python loops over groups and blocks.
 """
 
 from __future__ import annotations
@@ -25,44 +25,47 @@ class SharedBasisReference:
     """One group of blocks.
 
     Args:
-        rank: k.
-        oversample: p; the iterated subspace has k + p columns, at most b.
+        rank: k, at most b.
+        draw_start: step -> orthonormal [b, k + p], p at most b - k. The first power iteration
+            starts from ``draw_start(0)``; without ``warm_start`` that of step t from step t's.
         beta2: ``None`` for the sum (Adagrad).
-        coef_interval: between basis updates, coefficients move at these steps.
-        root_interval: ``None`` recomputes the inverse roots whenever coefficients moved.
-        draw_start: step -> orthonormal [b, k + p]; the start of the first power iteration, and of every
-            one without ``warm_start``.
+        coef_interval: between basis updates, coefficients move at these steps (``None``: never).
+        root_interval: ``None`` recomputes the inverse roots whenever coefficients moved. A root
+            that outlives its basis is projected onto the new one.
     """
 
     rank: int
     draw_start: DrawStart
     beta2: float | None = None
     num_iters: int = 1
-    oversample: int = 0
     warm_start: bool = True
     deflate: bool = True
     escaped_norm: str = "block"
     update_interval: int = 1
-    coef_interval: int = 1
+    coef_interval: int | None = None
     root_interval: int | None = None
     eps: float = 1e-8
     step: int = 0
-    subspace: Tensor | None = None
-    basis: Tensor = field(init=False)
-    coef: list[Tensor] = field(default_factory=list)
-    escaped_mass: list[Tensor] = field(default_factory=list)
-    roots: list[Tensor] = field(default_factory=list)
-    tail_roots: list[Tensor] = field(default_factory=list)
+    columns: Tensor = field(init=False)  # the k + p iterated ones; the basis is the first k
+    coef: list[Tensor] = field(init=False)
+    escaped_mass: list[Tensor] = field(init=False)
+    excess_roots: list[Tensor] = field(init=False)  # (R_i + c_i I)^{-1/2} - c_i^{-1/2} I
+    tail_roots: list[Tensor] = field(init=False)  # c_i^{-1/2}
 
     @property
     def weights(self) -> tuple[float, float]:
         """(a, c): the decay of the old second moment and the weight of the new gradient."""
         return (1.0, 1.0) if self.beta2 is None else (self.beta2, 1.0 - self.beta2)
 
+    @property
+    def basis(self) -> Tensor:
+        """Q, [b, k]."""
+        return self.columns[:, : self.rank]
+
     def update(self, grads: Tensor) -> None:
         """Takes the gradients [m, b] of one step into the statistics."""
         self.step += 1
-        if self.subspace is None:
+        if self.step == 1:
             self._allocate(grads)
         basis_moves = _due(self.step, self.update_interval)
         coef_moves = basis_moves or _due(self.step, self.coef_interval)
@@ -73,24 +76,14 @@ class SharedBasisReference:
 
     def apply(self, grads: Tensor) -> Tensor:
         """d_i = Q [(R_i + c_i I)^{-1/2} - c_i^{-1/2} I] Q^T g_i + c_i^{-1/2} g_i."""
-        rows = []
-        for g, root, tail in zip(grads, self.roots, self.tail_roots, strict=True):
-            inside = self.basis @ (self.basis.T @ g)
-            rows.append(self.basis @ (root @ (self.basis.T @ g)) + tail * (g - inside))
-        return torch.stack(rows)
-
-    def approximation(self, block: int) -> Tensor:
-        """Q R_i Q^T + rho_i I."""
-        dense = self.basis @ self.coef[block] @ self.basis.T
-        return dense + self.escaped_mass[block] * torch.eye(len(dense), dtype=dense.dtype)
+        q = self.basis
+        rows = zip(grads, self.excess_roots, self.tail_roots, strict=True)
+        return torch.stack([q @ excess @ q.T @ g + tail * g for g, excess, tail in rows])
 
     def _allocate(self, grads: Tensor) -> None:
-        blocks, size = grads.shape
-        self.rank = min(self.rank, size)
-        self.subspace = self.draw_start(1)
-        self.basis = self.subspace[:, : self.rank]
-        self.coef = [grads.new_zeros(self.rank, self.rank) for _ in range(blocks)]
-        self.escaped_mass = [grads.new_zeros(()) for _ in range(blocks)]
+        self.columns = self.draw_start(0)
+        self.coef = [grads.new_zeros(self.rank, self.rank) for _ in grads]
+        self.escaped_mass = [grads.new_zeros(()) for _ in grads]
         self._recompute_roots()
 
     def _move(self, grads: Tensor, basis_moves: bool) -> None:
@@ -112,19 +105,19 @@ class SharedBasisReference:
             self.escaped_mass[i] = decay * self.escaped_mass[i] + norm
 
     def _move_basis(self, a: Tensor) -> None:
-        """Power iteration on A, then the top-k Ritz vectors of A in the iterated subspace."""
-        y = self.subspace if self.warm_start or self.step == 1 else self.draw_start(self.step)
-        assert y is not None
+        """Power iteration on A, then the Ritz vectors of A in its result, largest first."""
+        before = self.basis
+        y = self.columns if self.warm_start else self.draw_start(self.step)
         if a.any():
             for _ in range(self.num_iters):
                 y = torch.linalg.qr(a @ y + SHIFT * a.trace() * y).Q
-        if y.shape[1] > self.rank:
             y = y @ torch.linalg.eigh(y.T @ a @ y).eigenvectors.flip(-1)
-        self.subspace = y
-        self.basis = y[:, : self.rank]
+        self.columns = y
+        overlap = self.basis.T @ before
+        self.excess_roots = [overlap @ excess @ overlap.T for excess in self.excess_roots]
 
     def _norm(self, moment: Tensor, coef: Tensor, deflated: Tensor) -> Tensor:
-        """||M_i - Q R_i Q^T||_2, or its bound by the 2 x 2 matrix of block norms inside and outside Q."""
+        """||M_i - Q R_i Q^T||_2, or its bound from the norms of the blocks inside and outside Q."""
         inside = self.basis @ self.basis.T
         outside = torch.eye(len(inside), dtype=inside.dtype) - inside
         if self.escaped_norm == "exact":
@@ -134,16 +127,17 @@ class SharedBasisReference:
         return (deflated + rest) / 2 + torch.hypot((deflated - rest) / 2, off)
 
     def _recompute_roots(self) -> None:
-        self.roots, self.tail_roots = [], []
+        self.excess_roots, self.tail_roots = [], []
         for coef, mass in zip(self.coef, self.escaped_mass, strict=True):
             eigenvalues, vectors = torch.linalg.eigh(coef)
-            shifted = eigenvalues.clamp(min=0) + mass + self.eps
-            self.roots.append((vectors * shifted.rsqrt()) @ vectors.T)
-            self.tail_roots.append((mass + self.eps).rsqrt())
+            tail = (mass + self.eps).rsqrt()
+            excess = (eigenvalues + mass + self.eps).rsqrt() - tail
+            self.excess_roots.append((vectors * excess) @ vectors.T)
+            self.tail_roots.append(tail)
 
 
-def _due(step: int, interval: int) -> bool:
-    return (step - 1) % interval == 0
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and (step - 1) % interval == 0
 
 
 def _clamp_eigenvalues(matrix: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def test_nothing_escapes_from_a_fixed_subspace(deflate: bool, zero_first: bool) 
 
 
 def test_lemma_1_diagonal_blocks_outweigh_off_diagonal_ones() -> None:
-    """||H_ii||^2 + ||H_jj||^2 >= ||H_ij||^2 + ||H_ji||^2 for the second moment of a linear layer."""
+    """||H_ii||^2 + ||H_jj||^2 >= ||H_ij||^2 + ||H_ji||^2 for a linear layer's second moment."""
     blocks, size = 4, 6
     weight = torch.zeros(blocks, size, dtype=torch.float64, requires_grad=True)
     full = torch.zeros(blocks * size, blocks * size, dtype=torch.float64)

@@ -51,9 +51,10 @@ class Tracker:
 
     Args:
         beta2: ``None`` for the sum of Algorithm 1.
-        forget_mass: start every step with rho = 0, so that rho afterwards is that step's norm to full
-            precision.
-        options: fields of the algorithm; no rank cap, and a basis update on every step, unless told.
+        forget_mass: start every step with rho = 0, so that rho afterwards is that step's norm to
+            full precision.
+        options: fields of the algorithm; unless told, the rank is not capped and every step
+            updates the basis.
     """
 
     def __init__(
