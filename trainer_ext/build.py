@@ -1,8 +1,8 @@
 """A model and arguments -> an optimizer whose groups know parameter names and matrix views.
 
 The groups themselves are always the Trainer's (or the caller's): a :class:`Layout` only writes
-names and views beside their parameters. So the decay / no-decay split, its order and every override of it
-by a subclass or a script stay as they are.
+names and views beside their parameters. So the decay / no-decay split, its order and every override
+of it by a subclass or a script stay as they are.
 """
 
 from __future__ import annotations
@@ -286,6 +286,6 @@ def plan_line(optimizer: PreconditionedOptimizer) -> str:
     parts = [
         f"{row.algorithm} {row.num_params:,} parameters in {row.num_tensors} tensors, "
         f"{row.state_bytes / 2**20:.1f} MiB state"
-        for row in optimizer.plan()
+        for row in sorted(optimizer.plan(), key=lambda row: row.algorithm != optimizer.algorithm_name)
     ]
     return f"{optimizer.algorithm_name}: {'; '.join(parts)}"

@@ -5,12 +5,12 @@ One safetensors file, or shards with an index above ``max_shard_size``:
     optimizer.safetensors
     optimizer-00001-of-00003.safetensors ... and optimizer.safetensors.index.json
 
-Tensors are keyed by parameter name (:mod:`hf_precond.optim.flat_state`). The metadata of every file holds
+Tensors are keyed by parameter name (:mod:`hf_precond.optim.flat_state`). Every file's metadata holds
 
     format    "pt"
-    header    JSON text: format version, package versions, optimizer, hyperparameters, groups, shapes
+    header    JSON text: format and package versions, optimizer, hyperparameters, groups, shapes
     sha256    hex digest of the header text, then for each tensor in the order of sorted names of
-              "<name>\\0<dtype>\\0<sizes joined by commas>\\0" and its bytes, row-major
+              "<name>\\0<dtype>\\0<comma-joined sizes>\\0" and its bytes, row-major
 
 The index names the digest of each shard, so that shards of different saves cannot be mixed.
 """

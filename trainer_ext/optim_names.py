@@ -1,9 +1,9 @@
 """Makes ``--optim NAME`` valid in transformers. The only file that touches its non-public names.
 
 transformers has no plug-in point for optimizers: the command line takes its choices from the
-members of ``OptimizerNames``, ``TrainingArguments`` looks its value up there again, and the handlers
-sit in a module-level dict. So ``register()`` adds real enum members and handlers in place, and puts our
-behaviours around a few Trainer methods; ``unregister()`` takes all of it back.
+members of ``OptimizerNames``, ``TrainingArguments`` looks its value up there again, and the
+handlers sit in a module-level dict. So ``register()`` adds real enum members and handlers in place,
+and puts our behaviours around a few Trainer methods; ``unregister()`` takes all of it back.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _REQUIRED: tuple[tuple[Any, str, Any], ...] = (
     (trainer_optimizer, "OptimizerContext", type),
     (trainer, "DEFAULT_CALLBACKS", list),
     (Trainer, "get_optimizer_cls_and_kwargs", Callable),
+    (Trainer, "get_decay_parameter_names", Callable),
     *((Trainer, name, Callable) for name in _BEHAVIOURS),
 )
 _installed: ExitStack | None = None
