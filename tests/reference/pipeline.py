@@ -37,7 +37,7 @@ class BlockView(Protocol):
 
 @dataclass(kw_only=True)
 class Graft:
-    """Grafting on one tensor: the direction takes the norm of a diagonal method's step s."""
+    """The step s of a diagonal method on one parameter, whose norm the direction takes over."""
 
     kind: str
     beta2: float
@@ -51,7 +51,10 @@ class Graft:
         self.exp_avg_sq = old * self.exp_avg_sq + new * self._normalized(g) ** 2
 
     def step(self, x: Tensor) -> Tensor:
-        """Returns s for the gradient, or for its momentum where that is preconditioned."""
+        """Returns s for the gradient, or for its momentum where that is preconditioned.
+
+        Without a graft partner that is the gradient (or momentum) itself.
+        """
         s = self._normalized(x)
         if self.kind in ("none", "sgd", "sgd_normalized"):
             return s
@@ -59,12 +62,6 @@ class Graft:
         if self.kind in ("adam", "adam_normalized") and not self.sums:
             correction = 1.0 - self.beta2**self.steps
         return s / (torch.as_tensor(self.exp_avg_sq / correction).sqrt() + TINY_ROOT)
-
-    def rescale(self, direction: Tensor, x: Tensor) -> Tensor:
-        """d <- d ||s|| / ||d||."""
-        if self.kind == "none":
-            return direction
-        return direction * (self.step(x).norm() / (direction.norm() + TINY_NORM))
 
     @property
     def sums(self) -> bool:
@@ -81,7 +78,7 @@ class MatrixReference:
 
     Args:
         groups: ``(view, group index) -> algorithm``, called once for each group.
-        graft_scope: the tensors that are grafted each on their own: the "parameter", its "view"s or
+        graft_scope: the pieces whose norms are taken over: the "parameter", every "view" or
             every "group".
     """
 
@@ -100,13 +97,12 @@ class MatrixReference:
     steps: int = 0
     moment: Tensor | None = None
     algorithms: dict[tuple[int, int], GroupReference] = field(default_factory=dict)
-    grafts: dict[tuple[int, int], Graft] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.diagonal = Graft(kind=self.graft, beta2=self.graft_beta2)
         for v, view in enumerate(self.views):
             for g in range(len(view.to_blocks(self.weight))):
                 self.algorithms[v, g] = self.groups(v, g)
-                self.grafts[v, g] = Graft(kind=self.graft, beta2=self.graft_beta2)
 
     def step(self, grad: Tensor | None) -> None:
         """Moves the weight by one step; without a finite gradient everything stays as it was."""
@@ -114,28 +110,27 @@ class MatrixReference:
             return
         self.steps += 1
         self._each_group(lambda key, g: self.algorithms[key].update(g), grad)
-        self._each_piece(lambda graft, g: graft.update(g), grad)
+        self.diagonal.update(grad)
         moment = self._first_moment(grad) if self.momentum_site == "gradient" else grad
+        graft_step = self.diagonal.step(moment)
         if self.steps >= self.start_step:
             direction = self._each_group(lambda key, x: self.algorithms[key].apply(x), moment)
-            direction = self._each_piece(Graft.rescale, direction, moment)
-        elif self.graft == "none":
-            direction = grad
+            if self.graft != "none":
+                direction = self._take_norms(direction, graft_step)
         else:
-            direction = self._each_piece(Graft.step, moment)
+            direction = graft_step
         if self.momentum_site == "direction":
             direction = self._first_moment(direction)
         self.weight = self.weight - self.lr * self.weight_decay * self.weight - self.lr * direction
 
-    def _each_piece(self, act: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor:
-        """Applies ``act(graft, *pieces)`` to the pieces that ``graft_scope`` names."""
+    def _take_norms(self, direction: Tensor, graft_step: Tensor) -> Tensor:
+        def rescale(_: object, d: Tensor, s: Tensor) -> Tensor:
+            return d * (s.norm() / (d.norm() + TINY_NORM))
+
         if self.graft_scope == "parameter":
-            out = act(self.grafts[0, 0], *tensors)
-        elif self.graft_scope == "view":
-            out = self._each_view(lambda v, *blocks: act(self.grafts[v, 0], *blocks), *tensors)
-        else:
-            out = self._each_group(lambda key, *blocks: act(self.grafts[key], *blocks), *tensors)
-        return tensors[0] if out is None else out
+            return rescale(None, direction, graft_step)
+        each = self._each_view if self.graft_scope == "view" else self._each_group
+        return each(rescale, direction, graft_step)
 
     def _each_group(self, act: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor:
         def act_on_view(v: int, *blocks: Tensor) -> Tensor | None:
