@@ -41,7 +41,7 @@ check: $(READY) ## check format, lint, types and import directions
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY) ## format the code and repair what the linter can
 	$(BIN)/ruff check --fix $(CODE)
