@@ -473,10 +473,14 @@ def train_and_evaluate(
 def save_results(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments) -> None:
     """Saves the model with its tokenizer and writes the model card, pushed if asked for."""
     trainer.save_model()
-    name = data_args.train_file and Path(data_args.train_file).name
+    if model_args.model_name_or_path is None:
+        # The stock card calls a model without a name a fine-tuned version of nothing; one whose
+        # name is a folder it takes for trained from scratch, as this is.
+        trainer.model.config.name_or_path = trainer.args.output_dir
+    file_name = data_args.train_file and Path(data_args.train_file).name
     card = {
         "tasks": "text-generation",
-        "dataset": name or data_args.dataset_name or STDLIB,
+        "dataset": file_name or data_args.dataset_name or STDLIB,
         "finetuned_from": model_args.model_name_or_path,
     }
     if trainer.args.push_to_hub:

@@ -80,6 +80,8 @@ def test_run_learns_and_writes_everything(train: Train, tmp_path: Path) -> None:
     }
     saved = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert saved["eval_perplexity"] == metrics["eval_perplexity"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "This model was trained from scratch on the text.txt dataset" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.eos_token_id == tokenizer.eos_token_id
