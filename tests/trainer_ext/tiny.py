@@ -18,7 +18,7 @@ def tiny_gpt2(dtype: torch.dtype = torch.float32, **config: Any) -> GPT2LMHeadMo
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": VOCABULARY, "n_positions": 16}
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **tokens, **config)).to(dtype)
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **tokens, **config})).to(dtype)
 
 
 def token_blocks(count: int = 32) -> list[dict[str, torch.Tensor]]:
