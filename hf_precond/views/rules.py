@@ -1,8 +1,8 @@
 """Which view each parameter of a model gets: ordered rules, first match wins.
 
 A rule sees one parameter together with the module that owns it and answers with an
-:class:`Assignment`, or ``None`` to pass. ``GENERAL_RULES`` covers plain torch modules; packages that
-know an architecture put their own rules in front.
+:class:`Assignment`, or ``None`` to pass. ``GENERAL_RULES`` covers plain torch modules; packages
+that know an architecture put their own rules in front.
 """
 
 from __future__ import annotations
@@ -101,8 +101,15 @@ def fallback(reason: str) -> Assignment:
 
 
 def vector_rule(info: ParamInfo) -> Assignment | None:
-    """Scalars, biases and norm weights follow the fallback."""
-    return fallback("vector or scalar") if info.param.ndim < 2 else None
+    """Scalars, biases and norm weights follow the fallback, whatever their shape.
+
+    Stacked experts have biases ``[E, O]``, layer norms over images weights ``[H, W]``.
+    """
+    if info.param.ndim < 2:
+        return fallback("vector or scalar")
+    if info.local_name.endswith("bias"):
+        return fallback("bias")
+    return fallback("norm") if isinstance(info.module, nn.LayerNorm | nn.RMSNorm) else None
 
 
 def embedding_rule(info: ParamInfo) -> Assignment | None:
@@ -129,9 +136,10 @@ def linear_rule(info: ParamInfo) -> Assignment | None:
 def is_conv1d(module: nn.Module) -> bool:
     """True for GPT-2's linear layer with a weight ``[I, O]``.
 
-    Known by its class name, so that torch is all we need.
+    Known by its class name, so that torch is all we need; a base class counts, because FSDP2 puts
+    a class of its own on top.
     """
-    return type(module).__name__ == "Conv1D"
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 
 
 def conv1d_rule(info: ParamInfo) -> Assignment | None:

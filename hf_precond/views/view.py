@@ -148,7 +148,7 @@ def rows(shape: Sequence[int], *, groups: int = 1, name: str = "") -> ParamView:
 
 
 def columns(shape: Sequence[int], *, groups: int = 1, name: str = "") -> ParamView:
-    """View of a transposed ``[I, O]`` weight (``Conv1D``), equal to :func:`rows` of its transpose."""
+    """View of a transposed ``[I, O]`` weight (``Conv1D``): :func:`rows` of its transpose."""
     size_in, out = shape
     _check_divides(groups, out, "groups", shape)
     return ParamView(
@@ -324,7 +324,8 @@ def check_cover(views: Sequence[ParamView], shape: Sequence[int]) -> None:
     )
     if problem:
         raise ValueError(
-            f"views {[str(view) for view in views]} of a parameter of shape {tuple(shape)} {problem}"
+            f"views {[str(view) for view in views]} of a parameter of shape {tuple(shape)} "
+            f"{problem}"
         )
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_precond.views.rules import Assignment, ParamInfo, fallback
+from hf_precond.views.rules import Assignment, ParamInfo
 from hf_precond.views.view import ParamView, alternating_experts, experts
+from trainer_ext.layers.walk import class_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +37,13 @@ def expert_layout(module: nn.Module) -> ExpertLayout | None:
     if isinstance(transposed, bool) and hasattr(module, "num_experts"):
         concatenated = getattr(module, "is_concatenated", None)
         return ExpertLayout(transposed=transposed, concatenated=concatenated)
-    return UNMARKED.get(type(module).__name__)
+    return next((UNMARKED[name] for name in class_names(module) if name in UNMARKED), None)
 
 
 def expert_rule(info: ParamInfo) -> Assignment | None:
-    """Weights of stacked experts; their biases, ``[E, O]``, are no matrices."""
+    """Weights of stacked experts; their biases, ``[E, O]``, are left to the general rules."""
     layout = expert_layout(info.module)
-    if layout is None:
-        return None
-    if info.local_name.endswith("_bias"):
-        return fallback("expert biases")
-    if info.param.ndim != 3:
+    if layout is None or info.param.ndim != 3:
         return None
     fused = info.local_name == "gate_up_proj" and layout.concatenated is not None
     views = _gated(info.param.shape, layout) if fused else _single(info.param.shape, layout)

@@ -12,7 +12,7 @@ from hf_precond.views.rules import Assignment, canonical_name, is_conv1d
 from trainer_ext.layers.heads import read_heads
 from trainer_ext.layers.roles import ROLES, Grouping, Kernel
 from trainer_ext.layers.table import LAYOUTS, Layout
-from trainer_ext.layers.walk import matrices, modules_with_config, submodule
+from trainer_ext.layers.walk import class_names, matrices, modules_with_config, submodule
 
 
 def kernel_assignments(model: nn.Module, grouping: Grouping) -> dict[str, Assignment]:
@@ -27,7 +27,7 @@ def kernel_assignments(model: nn.Module, grouping: Grouping) -> dict[str, Assign
 
 def find_layout(module: nn.Module) -> Layout | None:
     """Returns the first row of the table that describes ``module``, if any."""
-    names = [cls.__name__ for cls in type(module).__mro__]
+    names = class_names(module)
     for layout in LAYOUTS:
         if any(fnmatchcase(name, pattern) for name in names for pattern in layout.classes) and all(
             submodule(module, path) is not None for path in layout.kernels

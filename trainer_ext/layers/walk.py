@@ -17,6 +17,11 @@ def modules_with_config(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]
         yield name, module, configs[name]
 
 
+def class_names(module: nn.Module) -> list[str]:
+    """Names of the module's class and its bases: users subclass, FSDP2 puts a class on top."""
+    return [cls.__name__ for cls in type(module).__mro__]
+
+
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
     """Returns the module at a dotted path, ``module`` itself for ``""``, ``None`` if missing."""
     for part in filter(None, path.split(".")):
