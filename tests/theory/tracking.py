@@ -66,7 +66,7 @@ class Tracker:
         **options: Any,
     ) -> None:
         average = {} if beta2 is None else {"accumulate": "ema", "beta2": beta2}
-        defaults = {"max_rank_ratio": float("inf"), "update_interval": 1}
+        defaults = {"max_rank_ratio": 1e9, "update_interval": 1}
         self.algorithm = SharedBasis(**defaults | average | options)
         self.decay, self.weight = (1.0, 1.0) if beta2 is None else (beta2, 1.0 - beta2)
         self.dtype, self.forget_mass = dtype, forget_mass

@@ -1,0 +1,167 @@
+"""Law: a bad argument raises one ValueError that names it, its value and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_precond import create_optimizer, list_optimizers, optimizer_info, option_specs, resolve
+from hf_precond.views.view import rows
+from tests.suite.building import group, parameter
+
+NAN = float("nan")
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    # the shell's and the stages', which every optimizer has
+    ("betas", (0.9,)),
+    ("betas", (0.9, 0.99, 0.999)),
+    ("betas", (-0.1, 0.9)),
+    ("betas", (0.9, 1.0)),
+    ("betas", (0.9, NAN)),
+    ("betas", ("a", "b")),
+    ("betas", 0.9),
+    ("betas", None),
+    ("momentum", "nesterov"),
+    ("momentum", 0.9),
+    ("momentum_site", "weight"),
+    ("start_step", 0),
+    ("start_step", 2.5),
+    ("start_step", True),
+    ("graft", "lamb"),
+    ("graft", None),
+    ("graft_scope", "layer"),
+    ("graft_beta2", -0.1),
+    ("graft_beta2", 1.1),
+    ("graft_beta2", NAN),
+    ("graft_beta2", "0.9"),
+    ("attention_grouping", "heads"),
+    ("fallback", "lion"),
+    ("fallback_eps", -1e-8),
+    ("fallback_eps", NAN),
+    ("fallback_momentum", 1.0),
+    ("fallback_lr_ratio", 0.0),
+    ("fallback_lr_ratio", float("inf")),
+    ("state_dtype", "int8"),
+    ("state_dtype", torch.float32),
+    ("skip_nonfinite", "yes"),
+    ("skip_nonfinite", 1),
+    ("max_failures", 0),
+    ("bucket_size", 0),
+    ("bucket_size", -1.0),
+    # those of low-rank algorithms
+    ("rank", 0),
+    ("rank", -3),
+    ("rank", 2.0),
+    ("rank", "32"),
+    ("rank", None),
+    ("rank", True),
+    ("num_iters", 0),
+    ("oversample", -1),
+    ("warm_start", 1),
+    ("deflate", "false"),
+    ("escaped_norm", "frobenius"),
+    ("update_interval", 0),
+    ("update_interval", 0.5),
+    ("coef_interval", 0),
+    ("root_interval", -1),
+    ("packed", "true"),
+    ("max_rank_ratio", 0.0),
+    ("max_rank_ratio", -1.0),
+    ("max_rank_ratio", NAN),
+    ("eps", 0.0),
+    ("eps", -1e-8),
+    ("eps", NAN),
+    ("eps", float("inf")),
+    ("eps", "small"),
+    ("seed", -1),
+    ("seed", 0.5),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=str)
+def test_bad_values_are_refused(name: str, option: str, value: Any) -> None:
+    specs = option_specs(name)
+    if option not in specs:
+        pytest.skip(f"{name} has no {option}")
+    with pytest.raises(ValueError) as caught:
+        resolve(name, {option: value})
+    message = str(caught.value)
+    assert option in message
+    assert repr(value) in message
+    assert re.search(r"must be \S+", message)
+    allowed = specs[option].allowed
+    assert all(word in message for word in re.findall(r"[-\d.]+|'\w+'", allowed))
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [-1e-3, NAN, float("inf")], ids=str)
+def test_bad_rates_are_refused(name: str, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{option} = {value!r}.*>= 0"):
+        create_optimizer([parameter(3, 3)], name, **{option: value})
+
+
+def test_unknown_options_are_refused_with_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match=r"'momentun'.*Did you mean 'momentum'") as caught:
+        resolve(name, {"momentun": "ema"})
+    assert all(option in str(caught.value) for option in option_specs(name))
+
+
+def test_unknown_names_are_refused_with_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Did you mean '{name}'") as caught:
+        create_optimizer([parameter(3, 3)], name + "x")
+    assert all(known in str(caught.value) for known in list_optimizers())
+
+
+def test_no_parameters_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        create_optimizer([], name)
+
+
+def test_doubled_parameters_are_refused(name: str) -> None:
+    param = parameter(3, 3)
+    with pytest.raises(ValueError, match="more than one"):
+        create_optimizer([{"params": [param]}, {"params": [param]}], name)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        [[rows((2, 3))]],
+        [[rows((3, 3)), rows((3, 3))]],
+        [[rows((3, 3))], [rows((3, 3))]],
+    ],
+    ids=["uncovered", "covered twice", "too many"],
+)
+def test_views_that_do_not_fit_are_refused(name: str, views: list[Any]) -> None:
+    with pytest.raises(ValueError, match="view"):
+        create_optimizer([group([parameter(3, 3)], views)], name)
+
+
+def test_state_of_another_optimizer_is_refused(name: str) -> None:
+    foreign = torch.optim.AdamW([parameter(3, 3)])
+    optimizer = create_optimizer([parameter(3, 3)], name)
+    with pytest.raises(ValueError, match=name):
+        optimizer.load_state_dict(foreign.state_dict())
+
+
+def test_sparse_gradients_are_refused(name: str) -> None:
+    embedding = nn.Embedding(4, 3, sparse=True)
+    optimizer = create_optimizer(embedding, name)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+
+
+def test_exemptions_name_a_law_and_give_a_reason() -> None:
+    sources = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    laws = set(re.findall(r"def test_(\w+)\(\s*name: str", sources))
+    assert "descends_on_an_mlp" in laws
+    for name in list_optimizers():
+        for law, reason in optimizer_info(name).exemptions.items():
+            assert law in laws, f"{name}: there is no law {law!r}"
+            assert len(reason.split()) > 2, f"{name}: {law} is exempt without a reason"
