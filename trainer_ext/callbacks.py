@@ -24,27 +24,26 @@ class OptimizerInUseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raises RuntimeError if ``args.optim`` names one of ours and another one is in use."""
-        optimizer = our_optimizer(kwargs.get("optimizer"))
-        if optimizer is not None:
-            optimizer.health()  # starts the first logging interval here
-            if state.is_world_process_zero:
-                logger.info(plan_line(optimizer))
-        elif args.optim in list_optimizers():
+        inner = unwrap(kwargs.get("optimizer"))
+        ours = isinstance(inner, PreconditionedOptimizer)
+        in_use = inner.algorithm_name if ours else type(inner).__name__
+        if args.optim in list_optimizers() and args.optim != in_use:
             name = str(getattr(args.optim, "value", args.optim))
-            in_use = type(unwrap(kwargs.get("optimizer"))).__name__
             raise RuntimeError(
                 f"optim={name!r} was asked for, but the optimizer in use is {in_use}"
             )
+        if ours:
+            inner.health()  # starts the first logging interval here
+            if state.is_world_process_zero:
+                logger.info(plan_line(inner))
 
 
 def unwrap(optimizer: Any) -> Any:
     """Returns the optimizer inside wrappers such as Accelerate's."""
-    seen: list[Any] = []
     while not isinstance(optimizer, PreconditionedOptimizer):
         inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer) or any(inner is other for other in seen):
+        if not isinstance(inner, Optimizer):
             break
-        seen.append(optimizer)
         optimizer = inner
     return optimizer
 

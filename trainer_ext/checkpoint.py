@@ -5,7 +5,7 @@ One safetensors file, or shards with an index above ``max_shard_size``:
     optimizer.safetensors
     optimizer-00001-of-00003.safetensors ... and optimizer.safetensors.index.json
 
-Tensors are keyed by parameter name (:mod:`hf_precond.optim.flat_state`). Every file's metadata holds
+Tensors are keyed by parameter name (:mod:`hf_precond.optim.flat_state`). The metadata holds
 
     format    "pt"
     header    JSON text: format and package versions, optimizer, hyperparameters, groups, shapes

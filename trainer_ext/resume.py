@@ -87,5 +87,8 @@ def _load_pickled(optimizer: PreconditionedOptimizer, path: Path) -> None:
     """Loads an optimizer.pt of ours, tensors and plain data only."""
     try:
         optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        # The message of torch advises to load without the safeguard; ours must not.
+        raise StateMismatchError(f"{path.name} holds more than tensors and plain data") from error
+    except (ValueError, KeyError) as error:
         raise StateMismatchError(f"{path.name} does not fit: {error}") from error

@@ -20,7 +20,7 @@ MALFORMED = {
     "rank=4,,eps=1": "an empty part between two commas",
     ",rank=4": "an empty part between two commas",
     "rank=4,rank=8": "'rank' is given twice",
-    "betas=(0.9,0.95)": r"'0.95\)' is not KEY=VALUE \(lists are written with slashes.*'\(0.9' is not",
+    "betas=(0.9,0.95)": r"'0.95\)' is not KEY=VALUE \(lists are .* slashes.*'\(0.9' is not",
     "rnak=4": r"unknown option 'rnak' \(nearest: 'rank'\)",
     "update_intervall=4": r"unknown option 'update_intervall' \(nearest: 'update_interval'\)",
     "strict_resum=1": r"unknown option 'strict_resum' \(nearest: 'strict_resume'\)",

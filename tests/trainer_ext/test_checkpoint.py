@@ -58,7 +58,7 @@ def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
-    """Writes the file again after a change of its tensors or metadata, as a careful forger would."""
+    """Writes the file again after a change of its tensors or metadata, as a forger would."""
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())

@@ -1,4 +1,4 @@
-"""A tiny language model, its data and short runs of the Trainer, shared by the tests of the glue."""
+"""A tiny language model, its data and short runs of the Trainer, for the tests of the glue."""
 
 from __future__ import annotations
 
