@@ -1,4 +1,4 @@
-"""Preconditioned optimizers for PyTorch; ``trainer_ext`` brings them to the Hugging Face Trainer."""
+"""Preconditioned optimizers for PyTorch: ``trainer_ext`` brings them to Hugging Face's Trainer."""
 
 from hf_precond.named import SharedBasisAdagrad, SharedBasisAdam
 from hf_precond.optim.optimizer import PreconditionedOptimizer

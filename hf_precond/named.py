@@ -1,4 +1,4 @@
-"""Optimizers as classes with names: ``SharedBasisAdagrad(model.named_parameters(), lr=1e-3, rank=32)``."""
+"""Optimizers as classes: ``SharedBasisAdagrad(model.named_parameters(), lr=1e-3, rank=32)``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ class NamedOptimizer(PreconditionedOptimizer):
     """Base of the classes that stand for one registry name.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs or param groups. Views follow from shapes: give a
-            module to :func:`hf_precond.create_optimizer` to have embeddings left to the fallback.
+        params: parameters, ``(name, parameter)`` pairs or param groups. Views follow from shapes:
+            give a module to :func:`hf_precond.create_optimizer` to have embeddings left to the
+            fallback.
         lr: learning rate.
         weight_decay: decoupled weight decay.
         **options: the options of the optimizer, see :func:`hf_precond.option_specs`.

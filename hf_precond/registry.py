@@ -30,7 +30,9 @@ _SECTIONS: dict[str, type] = {
 }
 # The two decays are one public option, as in torch and transformers.
 _FOLDED_INTO_BETAS = {"beta1", "beta2"}
-_BETAS = option((0.9, 0.999), "decay of the first and second moments", low=0, high=1, high_open=True)
+_BETAS = option(
+    (0.9, 0.999), "decay of the first and second moments", low=0, high=1, high_open=True
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,15 +112,16 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """Turns a name and flat options into a recipe.
 
     Raises:
-        ValueError: unknown name or option (with the nearest valid one), a value of a wrong type or outside
-            its range.
+        ValueError: unknown name or option (with the nearest valid one), a value of a wrong type or
+            outside its range.
     """
     info, specs = optimizer_info(name), option_specs(name)
     given = dict(options or {})
     for key, value in given.items():
         if key not in specs:
             raise ValueError(
-                f"{name} has no option {key!r}.{nearest(key, specs)} Valid options: {', '.join(specs)}"
+                f"{name} has no option {key!r}.{nearest(key, specs)} "
+                f"Valid options: {', '.join(specs)}"
             )
         given[key] = _checked_type(specs[key], value)
     values = {key: spec.default for key, spec in specs.items()} | given
@@ -127,7 +130,9 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
         values["graft_beta2"] = beta2
     values |= {"beta1": beta1, "beta2": beta2, **info.fixed}
     parts = {
-        section: cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
+        section: cls(
+            **{item.name: values[item.name] for item in fields(cls) if item.name in values}
+        )
         for section, cls, _ in _option_classes(info)
     }
     return Recipe(name=name, betas=(beta1, beta2), **parts)
@@ -168,7 +173,8 @@ def create_optimizer(
 def param_groups(
     model: nn.Module, *, rules: Iterable[Rule] | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Returns two param groups of a model's trainable parameters, matrices and vectors (never decayed).
+    """Returns two param groups of a model's trainable parameters, matrices and vectors (never
+    decayed).
 
     Each holds named parameters and, index-aligned, their views as plain lists.
     """
@@ -209,7 +215,7 @@ def _plain_type(hint: Any) -> tuple[type, bool]:
 
 
 def _checked_type(spec: OptionSpec, value: Any) -> Any:
-    """Returns ``value`` in the option's type (an int for a float is taken; a bool is not a number)."""
+    """Returns ``value`` in the option's type; an int may be a float, a bool is no number."""
     if value is None and spec.optional:
         return None
     if spec.type is float and isinstance(value, int) and not isinstance(value, bool):
@@ -218,16 +224,28 @@ def _checked_type(spec: OptionSpec, value: Any) -> Any:
         return tuple(value)
     if type(value) is spec.type:
         return value
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a word", tuple: "a pair"}
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a word",
+        tuple: "a pair",
+    }
     none = " or none" if spec.optional else ""
     allowed = f" ({spec.allowed})" if spec.allowed else ""
-    raise ValueError(f"{spec.name} = {value!r} is not allowed: it must be {words[spec.type]}{none}{allowed}")
+    raise ValueError(
+        f"{spec.name} = {value!r} is not allowed: it must be {words[spec.type]}{none}{allowed}"
+    )
 
 
 def _checked_betas(betas: tuple[Any, ...]) -> tuple[float, float]:
-    numbers = [beta for beta in betas if isinstance(beta, (int, float)) and not isinstance(beta, bool)]
+    numbers = [
+        beta for beta in betas if isinstance(beta, (int, float)) and not isinstance(beta, bool)
+    ]
     if len(betas) != 2 or len(numbers) != 2 or not all(0 <= beta < 1 for beta in numbers):
-        raise ValueError(f"betas = {betas!r} is not allowed: it must be two numbers, each >= 0 and < 1")
+        raise ValueError(
+            f"betas = {betas!r} is not allowed: it must be two numbers, each >= 0 and < 1"
+        )
     return float(betas[0]), float(betas[1])
 
 

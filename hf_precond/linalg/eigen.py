@@ -17,10 +17,11 @@ class DecompositionError(ArithmeticError):
 
 
 def eigh(a_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns eigenvalues (ascending) ``[..., N]`` and eigenvectors ``[..., N, N]`` of symmetric matrices.
+    """Returns eigenvalues (ascending) ``[..., N]`` and eigenvectors ``[..., N, N]`` of symmetric
+    matrices.
 
-    A decomposition that fails, or whose vectors are not orthonormal (batched solvers on GPUs have returned
-    such vectors without an error), is repeated once in float64.
+    A decomposition that fails, or whose vectors are not orthonormal (batched solvers on GPUs have
+    returned such vectors without an error), is repeated once in float64.
 
     Raises:
         DecompositionError: if float64 fails too.
@@ -34,9 +35,13 @@ def eigh(a_NN: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(a_NN.double())
     except torch.linalg.LinAlgError as error:
-        raise DecompositionError(f"eigh of {tuple(a_NN.shape)} failed in float64: {error}") from error
+        raise DecompositionError(
+            f"eigh of {tuple(a_NN.shape)} failed in float64: {error}"
+        ) from error
     if not _is_orthonormal(vectors):
-        raise DecompositionError(f"eigh of {tuple(a_NN.shape)} gave vectors that are not orthonormal")
+        raise DecompositionError(
+            f"eigh of {tuple(a_NN.shape)} gave vectors that are not orthonormal"
+        )
     return values.to(a_NN.dtype), vectors.to(a_NN.dtype)
 
 
@@ -53,11 +58,13 @@ def eigvalsh(a_NN: Tensor) -> Tensor:
     try:
         return torch.linalg.eigvalsh(a_NN.double()).to(a_NN.dtype)
     except torch.linalg.LinAlgError as error:
-        raise DecompositionError(f"eigvalsh of {tuple(a_NN.shape)} failed in float64: {error}") from error
+        raise DecompositionError(
+            f"eigvalsh of {tuple(a_NN.shape)} failed in float64: {error}"
+        ) from error
 
 
 def _is_orthonormal(vectors: Tensor) -> bool:
-    """Always true on CPU, where LAPACK reports its failures: the check is for batched GPU solvers."""
+    """Checks batched GPU solvers; on CPU always true, as LAPACK reports its failures."""
     if vectors.device.type == "cpu":
         return True
     gram = vectors.mT @ vectors
@@ -70,19 +77,16 @@ def _eigh_parallel(a_NN: Tensor) -> tuple[Tensor, Tensor]:
     stack = a_NN.reshape(-1, *a_NN.shape[-2:])
     threads = min(torch.get_num_threads(), stack.shape[0] // _MIN_PER_THREAD)
     if a_NN.device.type != "cpu" or threads < 2:
-        return _unpack(torch.linalg.eigh(a_NN))
+        return _eigh(a_NN)
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(_eigh_no_grad, stack.chunk(threads)))
-    values = torch.cat([values for values, _ in parts]).view(a_NN.shape[:-1])
-    vectors = torch.cat([vectors for _, vectors in parts]).view(a_NN.shape)
+        parts = list(pool.map(_eigh, stack.chunk(threads)))
+    values = torch.cat([part[0] for part in parts]).view(a_NN.shape[:-1])
+    vectors = torch.cat([part[1] for part in parts]).view(a_NN.shape)
     return values, vectors
 
 
-def _eigh_no_grad(stack: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
+    # Grad mode is per thread: off here as well where the caller's thread has it off.
     with torch.no_grad():
-        return _unpack(torch.linalg.eigh(stack))
-
-
-def _unpack(result: object) -> tuple[Tensor, Tensor]:
-    values, vectors = result  # type: ignore[misc]
+        values, vectors = torch.linalg.eigh(stack)
     return values, vectors

@@ -12,8 +12,8 @@ import torch
 def highest_matmul_precision() -> Iterator[None]:
     """Runs float32 matrix products in full float32 and restores the user's setting afterwards.
 
-    TF32 and bf16 products keep 8 to 11 bits, too few to carry a spectrum over many decades: a statistic
-    damaged once stays damaged.
+    TF32 and bf16 products keep 8 to 11 bits, too few to carry a spectrum over many decades: a
+    statistic damaged once stays damaged.
     """
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

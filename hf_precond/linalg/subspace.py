@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def orthonormal(y_BK: Tensor) -> Tensor:
-    """Returns an orthonormal basis of the range of ``y`` (``[..., B, K]``, K <= B), by Householder QR."""
+    """Returns an orthonormal basis of the range of ``y`` ``[..., B, K]``, K <= B, by QR."""
     return torch.linalg.qr(y_BK).Q
 
 

@@ -1,4 +1,4 @@
-"""State of a bucket: tensors stacked over groups, seen per parameter as slices of the same storage."""
+"""State of a bucket: tensors stacked over groups, seen per parameter as slices of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_precond.views.plan import Bucket, Slot
 class Bank:
     """The stacked state of one bucket; every tensor has leading dimension G.
 
-    ``optimizer.state[param]`` holds slices of these tensors, so that saving and loading per parameter and
-    batched work see the same memory.
+    ``optimizer.state[param]`` holds slices of these tensors, so that saving and loading per
+    parameter and batched work see the same memory.
     """
 
     def __init__(self, bucket: Bucket, tensors: dict[str, Tensor]) -> None:
@@ -23,13 +23,13 @@ class Bank:
         self._all = BankRows(self, bucket.slots, tensors, None)
 
     def slices(self) -> Iterator[tuple[Slot, str, Tensor]]:
-        """Yields (slot, key, slice) for every tensor of every slot; the key names piece and tensor."""
+        """Yields (slot, key, slice) of every tensor; the key names piece and tensor."""
         for slot in self.bucket.slots:
             for name, tensor in self.tensors.items():
                 yield slot, state_key(slot, name), tensor[slot.start : slot.stop]
 
     def adopt(self, saved: Sequence[Mapping[str, Tensor]]) -> None:
-        """Copies saved state (per parameter index) into the bank, in the bank's own dtype and device."""
+        """Copies saved state, per parameter index, into the bank's own dtype and device."""
         for slot, key, piece in self.slices():
             source = saved[slot.param].get(key)
             if source is not None and source.data_ptr() != piece.data_ptr():
@@ -65,13 +65,15 @@ class BankRows:
             tensor.index_copy_(0, self._index, self.state[name])
 
     def owner(self, scope: str) -> Tensor:
-        """Number of the parameter (or view, or group) each group of the rows belongs to, ``[G]``."""
+        """Number of the parameter, view or group that each group belongs to, ``[G]``."""
         if scope not in self._owners:
             sizes = [slot.stop - slot.start for slot in self._slots]
             if scope == "group":
                 numbers = list(range(sum(sizes)))
             else:
-                ids = [slot.param if scope == "parameter" else n for n, slot in enumerate(self._slots)]
+                ids = [
+                    slot.param if scope == "parameter" else n for n, slot in enumerate(self._slots)
+                ]
                 numbers = [one for one, size in zip(ids, sizes, strict=True) for _ in range(size)]
             self._owners[scope] = torch.tensor(numbers, device=self.bank.bucket.key[1])
         return self._owners[scope]

@@ -2,8 +2,8 @@
 
     state.<parameter name>.<tensor>            state.<parameter name>.<piece>.<tensor>
 
-Names, not positions: the file can be read beside the model it belongs to, sharded, inspected and stored in
-safetensors. Loading checks everything before it changes anything.
+Names, not positions: the file can be read beside the model it belongs to, sharded, inspected and
+stored in safetensors. Loading checks everything before it changes anything.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class StateMismatchError(ValueError):
 def flat_state(optimizer: PreconditionedOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns (tensors, header) of an optimizer's state.
 
-    Tensors are contiguous copies-on-demand of the stacked storage: a slice that is already contiguous is
-    returned as a view, so write it out before the next step. Before the first step there are no tensors.
+    Tensors are contiguous copies-on-demand of the stacked storage: a slice that is already
+    contiguous is returned as a view, so write it out before the next step. Before the first step
+    there are no tensors.
 
     Raises:
         StateMismatchError: if two parameters have the same name.
@@ -49,7 +50,11 @@ def flat_state(optimizer: PreconditionedOptimizer) -> tuple[dict[str, Tensor], d
         ),
         "param_groups": [
             {
-                **{key: _plain(value) for key, value in group.items() if key not in _GROUP_STRUCTURE},
+                **{
+                    key: _plain(value)
+                    for key, value in group.items()
+                    if key not in _GROUP_STRUCTURE
+                },
                 "num_params": len(group["params"]),
             }
             for group in optimizer.param_groups
@@ -63,12 +68,12 @@ def load_flat_state(
 ) -> None:
     """Loads what :func:`flat_state` returned, into the same or an equally built optimizer.
 
-    Tensors keep their saved dtype where the optimizer's ``state_dtype`` is the same. Learning rates, weight
-    decays and other values of the param groups are restored as well.
+    Tensors keep their saved dtype where the optimizer's ``state_dtype`` is the same. Learning
+    rates, weight decays and other values of the param groups are restored as well.
 
     Raises:
-        StateMismatchError: naming the parameter or field, what was expected and what was found. Nothing has
-            been changed then.
+        StateMismatchError: naming the parameter or field, what was expected and what was found.
+            Nothing has been changed then.
     """
     names = _unique_names(optimizer)
     _check_header(optimizer, header, names)
@@ -137,7 +142,9 @@ def _check_tensors(
     for key, (_, _, meta) in expected.items():
         _expect(f"shape of {key!r}", list(meta.shape), list(tensors[key].shape))
         if not tensors[key].is_floating_point():
-            raise StateMismatchError(f"{key!r}: expected a floating dtype, found {tensors[key].dtype}")
+            raise StateMismatchError(
+                f"{key!r}: expected a floating dtype, found {tensors[key].dtype}"
+            )
 
 
 def _expect(what: str, expected: Any, found: Any) -> None:
@@ -149,7 +156,9 @@ def _unique_names(optimizer: PreconditionedOptimizer) -> list[str]:
     names = optimizer.param_names
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
-        raise StateMismatchError(f"parameters share the names {doubles[:3]}: state is keyed by name")
+        raise StateMismatchError(
+            f"parameters share the names {doubles[:3]}: state is keyed by name"
+        )
     return names
 
 

@@ -45,7 +45,9 @@ class Health:
     def take(self) -> dict[str, float]:
         """Returns all figures and starts anew."""
         figures = {name: float(torch.stack(sums).mean()) for name, sums in self._sums.items()}
-        figures |= {name: float(self._counts[name]) for name in ("skipped_nonfinite", "failed_updates")}
+        figures |= {
+            name: float(self._counts[name]) for name in ("skipped_nonfinite", "failed_updates")
+        }
         milliseconds = [1e3 * seconds for seconds in self._seconds]
         if self._events:
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Everything that defines an optimizer apart from its parameters, learning rate and weight decay."""
+"""Everything that defines an optimizer but its parameters, learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class NumericsOptions:
 
     state_dtype: str = option("float32", "dtype of statistics and state", choices=tuple(DTYPES))
     skip_nonfinite: bool = option(
-        True, "leave out the step of a parameter whose gradient is not finite (one host sync per step)"
+        True,
+        "leave out the step of a parameter whose gradient is not finite (one host sync per step)",
     )
     max_failures: int = option(
         10, "failed factorisations or skipped steps in a row before an error", low=1
@@ -77,7 +78,8 @@ class NumericsOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A named algorithm with all its options resolved: what the registry makes of a name and options.
+    """A named algorithm with all its options resolved: what the registry makes of a name and
+    options.
 
     Attributes:
         name: registry name.

@@ -41,7 +41,7 @@ class StageOptions:
     )
     momentum_site: str = option(
         "direction",
-        "take the first moment of the grafted direction, or of the gradient before it is preconditioned",
+        "first moment of the grafted direction, or of the gradient that is preconditioned",
         choices=("direction", "gradient"),
     )
     start_step: int = option(1, "before this step the graft partner's step is taken", low=1)
@@ -89,48 +89,48 @@ class StageOptions:
 NO_STAGES = StageOptions(momentum="none", graft="none")
 
 
-def momentum_(options: StageOptions, state: State, x: Tensor, step: int) -> Tensor:
-    """Takes ``x`` into the first moment, in place, and returns the (bias-corrected) moment."""
+def momentum_(options: StageOptions, state: State, x: Tensor, step: int) -> tuple[Tensor, float]:
+    """Takes ``x`` into the first moment, in place.
+
+    Returns:
+        the moment (the state tensor itself: not to be written to) and the factor that corrects its
+        bias.
+    """
     if options.momentum == "none":
-        return x
+        return x, 1.0
     if options.momentum == "heavy_ball":
-        return state["momentum_buffer"].mul_(options.beta1).add_(x)
-    return state["exp_avg"].lerp_(x, 1 - options.beta1) / (1 - options.beta1**step)
+        return state["momentum_buffer"].mul_(options.beta1).add_(x), 1.0
+    return state["exp_avg"].lerp_(x, 1 - options.beta1), 1 / (1 - options.beta1**step)
 
 
-def graft_update_(options: StageOptions, state: State, g: Tensor, g_norm: Tensor) -> None:
-    """Takes the gradient into the graft's second moment, in place.
+def graft_input(options: StageOptions, x: Tensor, norm: Tensor) -> Tensor:
+    """Returns what the graft partner sees of a gradient or momentum ``x``.
 
     Args:
-        g_norm: norm of the whole parameter's gradient, ``[G, 1, 1]``.
+        norm: norm of the whole parameter's ``x``, ``[G, 1, 1]``; used by the normalized kinds.
     """
+    return x / (norm + NORM_EPS) if options.graft_normalizes else x
+
+
+def graft_update_(options: StageOptions, state: State, g: Tensor) -> None:
+    """Takes a gradient, as :func:`graft_input` gives it, into the second moment, in place."""
     if not options.graft_has_state:
         return
-    if options.graft_normalizes:
-        g = g / (g_norm + NORM_EPS)
     beta2 = options.graft_beta2
     assert beta2 is not None, "the registry fills graft_beta2 in"
-    if options.graft_kind == "adagrad":
-        state["graft_sq"].addcmul_(g, g)
-    elif beta2 == 1:
-        # The convention of Google's scalable Shampoo: a decay of one means a sum.
+    if options.graft_kind == "adagrad" or beta2 == 1:
+        # In Google's scalable Shampoo a decay of one means a sum, too.
         state["graft_sq"].addcmul_(g, g)
     else:
         state["graft_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
 
-def graft_step(options: StageOptions, state: State, m: Tensor, m_norm: Tensor, step: int) -> Tensor:
-    """Returns the graft partner's step for the gradient (or momentum) ``m``.
-
-    Args:
-        m_norm: norm of the whole parameter's ``m``, ``[G, 1, 1]``; used by the normalized kinds.
-    """
-    if options.graft_normalizes:
-        m = m / (m_norm + NORM_EPS)
+def graft_step(options: StageOptions, state: State, m: Tensor, step: int) -> Tensor:
+    """Returns the partner's step for a gradient or momentum as :func:`graft_input` gives it."""
     if not options.graft_has_state:
         return m
     root = state["graft_sq"].sqrt()
     beta2 = options.graft_beta2
     if options.graft_kind == "adam" and beta2 is not None and beta2 < 1:
         root /= (1 - beta2**step) ** 0.5
-    return m / root.add_(_GRAFT_EPS)
+    return torch.div(m, root.add_(_GRAFT_EPS), out=root)

@@ -1,15 +1,17 @@
 """What an algorithm is: a frozen bag of hyperparameters and three functions on stacked matrices.
 
 An algorithm never sees a parameter, a module, a learning rate or a rank: it works on ``[G, M, B]``
-gradients (G independent groups of M blocks of size B) and on a dict of state tensors that all have leading
-dimension G. From that follow, for every algorithm at once: stacking equal shapes of all layers and heads
-into one batched call, slicing state per parameter, parameters without a gradient, safetensors.
+gradients (G independent groups of M blocks of size B) and on a dict of state tensors that all have
+leading dimension G. From that follow, for every algorithm at once: stacking equal shapes of all
+layers and heads into one batched call, slicing state per parameter, parameters without a gradient,
+safetensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from math import inf
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,7 +41,7 @@ class StepContext:
         return due
 
     def sum_over_blocks(self, x: Tensor) -> Tensor:
-        """Sums a quantity over the ranks that share the M axis; the identity where M is not split."""
+        """Sums over the ranks that share the M axis; the identity where M is not split."""
         return x
 
 
@@ -71,7 +73,7 @@ def option(
     high_open: bool = False,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that is a hyperparameter, with its help, paper symbol and allowed values."""
+    """A dataclass field that is a hyperparameter: help, paper symbol, allowed values."""
     return field(
         default=default,
         metadata={
@@ -111,7 +113,10 @@ def check_options(options: Any) -> None:
             continue
         values = value if isinstance(value, tuple) else (value,)
         if not all(_is_allowed(part, meta) for part in values):
-            raise ValueError(f"{item.name} = {value!r} is not allowed: it must be {allowed_values(meta)}")
+            finite = " and finite" if inf in values else ""
+            raise ValueError(
+                f"{item.name} = {value!r} is not allowed: it must be {allowed_values(meta)}{finite}"
+            )
 
 
 def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
@@ -120,12 +125,15 @@ def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
     low, high = meta.get("low"), meta.get("high")
     if low is not None and not (value > low if meta["low_open"] else value >= low):
         return False
+    if low is not None and high is None:
+        return bool(value < inf)
     return high is None or (value < high if meta["high_open"] else value <= high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerInfo:
-    """One row of the registry: everything the CLI, the docs and the test suite know of an optimizer.
+    """One row of the registry: everything the CLI, the docs and the test suite know of an
+    optimizer.
 
     Attributes:
         name: the public name, as in ``--optim NAME``.

@@ -1,10 +1,11 @@
 """Shared-basis block low-rank Adagrad and Adam.
 
-Yen, Duvvuri, Dhillon, Hsieh: Block Low-Rank Preconditioner with Shared Basis for Stochastic Optimization
-(NeurIPS 2023), Algorithm 1; the exponentially averaged form is its appendix 6.9.
+Yen, Duvvuri, Dhillon, Hsieh: Block Low-Rank Preconditioner with Shared Basis for Stochastic
+Optimization (NeurIPS 2023), Algorithm 1; the exponentially averaged form is its appendix 6.9.
 
-One group has m blocks of size b with second moments H_i. They are approximated by ``Q R_i Q^T + rho_i I``
-with one basis Q for all blocks, and the direction is ``(Q R_i Q^T + (rho_i + eps) I)^(-1/2) g_i``.
+One group has m blocks of size b with second moments H_i. They are approximated by ``Q R_i Q^T +
+rho_i I`` with one basis Q for all blocks, and the direction is ``(Q R_i Q^T + (rho_i + eps)
+I)^(-1/2) g_i``.
 
     paper                    here
     B_t       (b x k)        basis          [G, B, K+p], the first K columns
@@ -13,18 +14,21 @@ with one basis Q for all blocks, and the direction is ``(Q R_i Q^T + (rho_i + ep
     (R+cI)^(-1/2)-c^(-1/2)I  root           like coef
     c^(-1/2)                 root_tail      [G, M]
 
-Nothing of size b x b is formed: A = sum_i M_i M_i^T, M_i = a Q R_i Q^T + c g_i g_i^T, is only ever multiplied
-with a thin matrix, and everything else lives in k x k.
+Nothing of size b x b is formed: A = sum_i M_i M_i^T, M_i = a Q R_i Q^T + c g_i g_i^T, is only ever
+multiplied with a thin matrix, and everything else lives in k x k.
 
 Deviations from the paper:
 
-- the escaped mass uses a closed upper bound of ``||M_i - Q_t R_i Q_t^T||`` (``escaped_norm="block"``); the power
+- the escaped mass uses a closed upper bound of ``||M_i - Q_t R_i Q_t^T||``
+(``escaped_norm="block"``); the power
   iteration of the paper approaches the norm from below, which breaks the bound its Lemma 2 needs;
-- the subspace iteration is shifted by a millionth of tr(A): no eigenvector changes, but a step whose A has a
+- the subspace iteration is shifted by a millionth of tr(A): no eigenvector changes, but a step
+whose A has a
   rank below k no longer leaves the completion of the QR to chance;
-- intervals: statistics and basis every ``update_interval`` steps, coefficients (basis fixed, no deflation, the same
-  bound for the escaped mass) every ``coef_interval``, roots every ``root_interval``. A root that is older than the
-  basis is carried over by projection onto the new basis.
+- intervals: statistics and basis every ``update_interval`` steps, coefficients (basis fixed, no
+deflation, the same
+  bound for the escaped mass) every ``coef_interval``, roots every ``root_interval``. A root that is
+  older than the basis is carried over by projection onto the new basis.
 """
 
 from __future__ import annotations
@@ -58,7 +62,9 @@ class SharedBasis:
     num_iters: int = option(1, "subspace iterations per basis update", low=1)
     oversample: int = option(0, "extra columns iterated beside the basis", symbol="p", low=0)
     warm_start: bool = option(True, "start the iteration from the previous basis")
-    deflate: bool = option(True, "move each block's smallest coefficient eigenvalue to the escaped mass")
+    deflate: bool = option(
+        True, "move each block's smallest coefficient eigenvalue to the escaped mass"
+    )
     escaped_norm: str = option(
         "block",
         "norm of what the basis misses: a closed upper bound, or exact (slow, for tests)",
@@ -73,11 +79,20 @@ class SharedBasis:
     )
     packed: bool = option(False, "store only the upper triangles of the coefficients and roots")
     max_rank_ratio: float = option(
-        4.0, "the rank is cut so that the coefficients hold at most this many numbers per weight", low=0, low_open=True
+        4.0,
+        "the rank is cut so that the coefficients hold at most this many numbers per weight",
+        low=0,
+        low_open=True,
     )
-    accumulate: str = option("sum", "second moments as a sum or a moving average", choices=("sum", "ema"))
-    beta2: float = option(0.999, "decay of the moving average", symbol="beta2", low=0, high=1, high_open=True)
-    eps: float = option(1e-8, "added inside the inverse root", symbol="epsilon", low=0, low_open=True)
+    accumulate: str = option(
+        "sum", "second moments as a sum or a moving average", choices=("sum", "ema")
+    )
+    beta2: float = option(
+        0.999, "decay of the moving average", symbol="beta2", low=0, high=1, high_open=True
+    )
+    eps: float = option(
+        1e-8, "added inside the inverse root", symbol="epsilon", low=0, low_open=True
+    )
     seed: int = option(0, "seed of the first basis", low=0)
 
     def __post_init__(self) -> None:
@@ -104,9 +119,7 @@ class SharedBasis:
             "coef": torch.zeros(groups, blocks, *entries, dtype=dtype, device=device),
             "escaped_mass": torch.zeros(groups, blocks, dtype=dtype, device=device),
             "root": torch.zeros(groups, blocks, *entries, dtype=dtype, device=device),
-            "root_tail": torch.full(
-                (groups, blocks), self.eps**-0.5, dtype=dtype, device=device
-            ),
+            "root_tail": torch.full((groups, blocks), self.eps**-0.5, dtype=dtype, device=device),
         }
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
@@ -131,13 +144,16 @@ class SharedBasis:
         return out.baddbmm_(projected, basis.mT)
 
     def health(self, state: State) -> dict[str, Tensor]:
-        """Share of the second moments' trace that lies outside the shared basis, per group ``[G]``."""
+        """Share of the second moments' trace outside the shared basis, per group ``[G]``."""
         size = state["basis"].shape[-2]
         rank = self.effective_rank(size)
         coef = self._load(state["coef"], rank)
         inside = _trace(coef).sum(-1)
         outside = state["escaped_mass"].sum(-1) * size
-        return {"escaped_mass_share": outside / (inside + outside).clamp(min=torch.finfo(coef.dtype).tiny)}
+        return {
+            "escaped_mass_share": outside
+            / (inside + outside).clamp(min=torch.finfo(coef.dtype).tiny)
+        }
 
     # -- one update -------------------------------------------------------------------------------
 
@@ -158,7 +174,7 @@ class SharedBasis:
     def _update_basis(
         self, state: State, g_GMB: Tensor, rank: int, ctx: StepContext
     ) -> tuple[State, Spectrum | None]:
-        """Steps 1 to 4 of one basis update; the spectrum of the new coefficients if it was needed."""
+        """One basis update; also the spectrum of the new coefficients if it was needed."""
         decay, weight = self._weights
         coef = self._load(state["coef"], rank)
         # A is of fourth order in the gradient: without a common scale float32 over- and underflows.
@@ -202,7 +218,8 @@ class SharedBasis:
         coef = self._load(state["coef"], rank) * decay
         coef.addcmul_(inside.unsqueeze(-1), inside.unsqueeze(-2), value=weight)
         inside_sq = inside.square().sum(-1)
-        # The residual itself: |g|^2 - |y|^2 cancels where the basis has settled, and Lemma 2 is lost.
+        # The residual itself: |g|^2 - |y|^2 cancels where the basis has settled, and Lemma 2 is
+        # lost.
         outside_sq = (g_GMB - inside @ basis.mT).square_().sum(-1)
         norm = _block_norm(
             torch.zeros_like(inside_sq),
@@ -257,7 +274,7 @@ class SharedBasis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Moments:
-    """The implicit matrices M_i = a Q R_i Q^T + c g_i g_i^T of one update and A = sum_i M_i M_i^T."""
+    """The implicit matrices M_i = a Q R_i Q^T + c g_i g_i^T and A = sum_i M_i M_i^T."""
 
     basis: Tensor  # Q             [G, B, K]
     coef: Tensor  # R_i            [G, M, K, K]
@@ -272,7 +289,14 @@ class _Moments:
 
     @classmethod
     def of(
-        cls, *, basis: Tensor, coef: Tensor, g: Tensor, decay: float, weight: float, ctx: StepContext
+        cls,
+        *,
+        basis: Tensor,
+        coef: Tensor,
+        g: Tensor,
+        decay: float,
+        weight: float,
+        ctx: StepContext,
     ) -> _Moments:
         x = g @ basis
         flat = coef.flatten(1, 2)
@@ -291,10 +315,9 @@ class _Moments:
 
     def trace(self) -> Tensor:
         """tr(A) = sum_i ||M_i||_F^2, ``[G]``."""
-        from_gradient = (
-            2 * self.decay * self.weight * (self.x * self.z).sum((-2, -1))
-            + self.weight**2 * self.norm_sq.square().sum(-1)
-        )
+        from_gradient = 2 * self.decay * self.weight * (self.x * self.z).sum(
+            (-2, -1)
+        ) + self.weight**2 * self.norm_sq.square().sum(-1)
         return self.decay**2 * _trace(self.coef_sq) + self.ctx.sum_over_blocks(from_gradient)
 
     def times(self, y_GBL: Tensor) -> Tensor:
@@ -333,10 +356,11 @@ class _BasisTurn:
         return _right_multiply(_right_multiply(root, self.overlap.mT).mT, self.overlap.mT)
 
     def block_norm(self, lowest: Tensor) -> Tensor:
-        """``[G, M]``: upper bound of ||M_i - Q_t R_i Q_t^T||_2 from the norms of its four blocks."""
+        """``[G, M]``: bound of ||M_i - Q_t R_i Q_t^T||_2 from the norms of its four blocks."""
         a, c, coef = self.moments.decay, self.moments.weight, self.moments.coef
         escaped = self.moments.basis - self.basis @ self.overlap
-        # Orthogonalised twice: after the first pass what is left is mostly rounding of what was removed.
+        # Orthogonalised twice: after the first pass what is left is mostly rounding of what was
+        # removed.
         escaped = escaped - self.basis @ (self.basis.mT @ escaped)
         gram = escaped.mT @ escaped
         e = self.moments.g @ escaped  # the product itself: a difference of projections would cancel
@@ -369,7 +393,7 @@ class _BasisTurn:
 
 
 def _block_norm(inside: Tensor, rest: Tensor, off: Tensor) -> Tensor:
-    """Norm of the 2 x 2 matrix of block norms [[inside, off], [off, rest]]: an upper bound of the norm."""
+    """Norm of the matrix of block norms [[inside, off], [off, rest]], a bound from above."""
     return (inside + rest) / 2 + torch.hypot((inside - rest) / 2, off)
 
 

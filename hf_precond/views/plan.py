@@ -57,7 +57,8 @@ class Bucket:
 def plan_buckets(views: Iterable[PlannedView], *, max_elements: int) -> list[Bucket]:
     """Stacks views of equal key and block shape, in order, up to ``max_elements`` per stack.
 
-    The limit bounds the memory of a step's temporaries. A parameter's views of one shape stay together.
+    The limit bounds the memory of a step's temporaries. A parameter's views of one shape stay
+    together.
     """
     stacks: dict[tuple[object, ...], list[list[PlannedView]]] = {}
     for item in views:
@@ -71,17 +72,18 @@ def plan_buckets(views: Iterable[PlannedView], *, max_elements: int) -> list[Buc
 
 
 def clusters(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
-    """Groups buckets that share a parameter, so that norms over whole parameters stay inside a cluster."""
+    """Groups buckets that share a parameter: norms over parameters stay inside a cluster."""
     found: list[tuple[set[int], list[Bucket]]] = []
     for bucket in buckets:
-        params = set(bucket.params)
-        touching = [entry for entry in found if entry[0] & params]
-        merged = (params.union(*(entry[0] for entry in touching)), [])
-        for entry in touching:
-            merged[1].extend(entry[1])
-            found.remove(entry)
-        merged[1].append(bucket)
-        found.append(merged)
+        params, members = set(bucket.params), [bucket]
+        apart = []
+        for other_params, others in found:
+            if params & other_params:
+                params |= other_params
+                members = others + members
+            else:
+                apart.append((other_params, others))
+        found = [*apart, (params, members)]
     return [members for _, members in found]
 
 

@@ -1,0 +1,231 @@
+"""From gradients to directions, for buckets that share parameters.
+
+    gather -> [momentum of the gradient] -> statistics when due -> direction -> graft -> [momentum]
+
+Everything works on cohorts: the slots of a bucket whose parameters are at the same step. As a rule
+that is the whole bucket, worked on in place; after a missing or non-finite gradient its rows are
+selected and written back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg.eigen import DecompositionError
+from hf_precond.optim.banks import Bank, BankRows
+from hf_precond.optim.faults import Faults
+from hf_precond.optim.health import Health
+from hf_precond.optim.stages import (
+    NORM_EPS,
+    StageOptions,
+    graft_input,
+    graft_step,
+    graft_update_,
+    momentum_,
+)
+from hf_precond.preconditioners.base import Preconditioner, State, StepContext
+from hf_precond.views.plan import Slot
+
+
+@dataclass(slots=True, kw_only=True)
+class Cohort:
+    """Slots of one bucket in flight.
+
+    Attributes:
+        gradient: ``[G, M, B]``; may alias ``param.grad``.
+        direction: ``[G, M, B]``: the moment first, then the direction; may alias gradient or state.
+        factor: factor of the direction, the bias correction of its first moment.
+        graft_sq: squares of the graft partner's step summed per group, ``[G]``.
+    """
+
+    slots: Sequence[Slot]
+    algorithm: Preconditioner
+    stages: StageOptions
+    rows: BankRows
+    ctx: StepContext
+    gradient: Tensor
+    direction: Tensor
+    factor: float = 1.0
+    graft_sq: Tensor | None = None
+
+    @property
+    def state(self) -> State:
+        """The stacked state of the cohort."""
+        return self.rows.state
+
+    def parts(self) -> Iterator[tuple[Slot, slice]]:
+        """Yields each slot with its groups in this stack."""
+        start = 0
+        for slot in self.slots:
+            stop = start + slot.stop - slot.start
+            yield slot, slice(start, stop)
+            start = stop
+
+
+def run(cohorts: Sequence[Cohort], *, num_params: int, faults: Faults, health: Health) -> None:
+    """Takes cohorts that share parameters from their gradients to their directions.
+
+    Args:
+        num_params: number of parameters of the optimizer.
+
+    Raises:
+        DecompositionError: if a parameter's factorisation failed too often in a row.
+    """
+    _precondition(cohorts, num_params, faults)
+    _graft(cohorts, num_params, health)
+    for cohort in cohorts:
+        if cohort.stages.momentum_site == "direction":
+            cohort.direction, cohort.factor = momentum_(
+                cohort.stages, cohort.state, cohort.direction, cohort.ctx.step
+            )
+        cohort.rows.commit()
+
+
+def split_into_cohorts(
+    bank: Bank,
+    algorithm: Preconditioner,
+    stages: StageOptions,
+    gradients: Mapping[int, Tensor],
+    steps: Sequence[int],
+    dtype: torch.dtype,
+) -> Iterator[Cohort]:
+    """Yields the cohorts of a bucket with their gradients stacked in the state dtype.
+
+    Args:
+        gradients: gradient of each parameter that takes part.
+        steps: steps done so far, per parameter.
+    """
+    by_step: dict[int, list[Slot]] = defaultdict(list)
+    for slot in bank.bucket.slots:
+        if slot.param in gradients:
+            by_step[steps[slot.param] + 1].append(slot)
+    for step, slots in by_step.items():
+        rows = bank.rows(slots)
+        blocks = [slot.view.to_blocks(gradients[slot.param]) for slot in slots]
+        gradient = (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(dtype)
+        moment = gradient
+        if stages.momentum_site == "gradient":
+            moment, factor = momentum_(stages, rows.state, gradient, step)
+            moment = moment * factor
+        yield Cohort(
+            slots=slots,
+            algorithm=algorithm,
+            stages=stages,
+            rows=rows,
+            ctx=StepContext(step=step),
+            gradient=gradient,
+            direction=moment,
+        )
+
+
+def _precondition(cohorts: Sequence[Cohort], num_params: int, faults: Faults) -> None:
+    """Takes gradients into the statistics and replaces each moment by its direction."""
+    gradient_norms = _graft_input_norms(cohorts, [c.gradient for c in cohorts], num_params)
+    moment_norms = gradient_norms
+    if any(cohort.direction is not cohort.gradient for cohort in cohorts):
+        moment_norms = _graft_input_norms(cohorts, [c.direction for c in cohorts], num_params)
+    for cohort, gradient_norm, moment_norm in zip(
+        cohorts, gradient_norms, moment_norms, strict=True
+    ):
+        _update(cohort, faults)
+        stages, moment, step = cohort.stages, cohort.direction, cohort.ctx.step
+        partner = None
+        if stages.graft != "none":
+            seen = graft_input(stages, cohort.gradient, gradient_norm)
+            graft_update_(stages, cohort.state, seen)
+            if moment is not cohort.gradient:
+                seen = graft_input(stages, moment, moment_norm)
+            partner = graft_step(stages, cohort.state, seen, step)
+        if step < stages.start_step:
+            cohort.direction = moment if partner is None else partner
+            continue
+        cohort.direction = cohort.algorithm.apply(cohort.state, moment, cohort.ctx)
+        if partner is not None:
+            cohort.graft_sq = _group_squares(partner)
+
+
+def _update(cohort: Cohort, faults: Faults) -> None:
+    """Updates statistics; a failed factorisation leaves only its own parameters' as they were."""
+    params = {slot.param for slot in cohort.slots}
+    try:
+        cohort.algorithm.update(cohort.state, cohort.gradient, cohort.ctx)
+    except DecompositionError as error:
+        if len(cohort.slots) == 1:
+            faults.count(params, "failed_updates", str(error), DecompositionError)
+            return
+        for slot, groups in cohort.parts():
+            _update(_part(cohort, slot, groups), faults)
+        return
+    if cohort.ctx.refreshed:
+        faults.clear(params, "failed_updates")
+
+
+def _part(cohort: Cohort, slot: Slot, groups: slice) -> Cohort:
+    """One slot of a cohort as a cohort of its own, on the same state."""
+    state = {name: tensor[groups] for name, tensor in cohort.state.items()}
+    return replace(
+        cohort,
+        slots=[slot],
+        rows=BankRows(cohort.rows.bank, [slot], state, None),
+        ctx=StepContext(step=cohort.ctx.step),
+        gradient=cohort.gradient[groups],
+        direction=cohort.direction[groups],
+    )
+
+
+def _graft(cohorts: Sequence[Cohort], num_params: int, health: Health) -> None:
+    """Gives each direction the norm of its graft partner's step."""
+    grafted = [(c, c.graft_sq) for c in cohorts if c.graft_sq is not None]
+    if not grafted:
+        return
+    members = [cohort for cohort, _ in grafted]
+    scope = members[0].stages.graft_scope
+    wanted = _norms(members, [squares for _, squares in grafted], scope, num_params)
+    own = _norms(members, [_group_squares(c.direction) for c in members], scope, num_params)
+    for cohort, target, norm in zip(members, wanted, own, strict=True):
+        ratio = target / (norm + NORM_EPS)
+        cohort.direction = cohort.direction * ratio
+        health.observe("graft_ratio", ratio)
+
+
+def _graft_input_norms(
+    cohorts: Sequence[Cohort], tensors: Sequence[Tensor], num_params: int
+) -> list[Tensor]:
+    """Norms over whole parameters for normalized grafts; ones where nobody asks for them."""
+    if any(cohort.stages.graft_normalizes for cohort in cohorts):
+        squares = [_group_squares(tensor) for tensor in tensors]
+        return _norms(cohorts, squares, "parameter", num_params)
+    return [tensor.new_ones(()) for tensor in tensors]
+
+
+def _norms(
+    cohorts: Sequence[Cohort], squares: Sequence[Tensor], scope: str, num_params: int
+) -> list[Tensor]:
+    """Norms over whole parameters, views or groups from squares per group ``[G]``.
+
+    Returns:
+        one tensor ``[G, 1, 1]`` per cohort.
+    """
+    summed = list(squares)
+    owners = [cohort.rows.owner(scope) for cohort in cohorts]
+    if scope == "parameter":
+        total = squares[0].new_zeros(num_params)
+        for owner, square in zip(owners, squares, strict=True):
+            total.index_add_(0, owner, square)
+        summed = [total[owner] for owner in owners]
+    elif scope == "view":
+        summed = [
+            torch.zeros_like(square).index_add_(0, owner, square)[owner]
+            for owner, square in zip(owners, squares, strict=True)
+        ]
+    return [square.sqrt()[:, None, None] for square in summed]
+
+
+def _group_squares(x_GMB: Tensor) -> Tensor:
+    """Sum of squares of each group, ``[G]``."""
+    return torch.linalg.vector_norm(x_GMB, dim=(-2, -1)).square()
