@@ -285,7 +285,7 @@ def plan_line(optimizer: PreconditionedOptimizer) -> str:
     """Returns one line: how many parameters and state bytes each algorithm got."""
     parts = [
         f"{row.algorithm} {row.num_params:,} parameters in {row.num_tensors} tensors, "
-        f"{row.state_bytes / 2**20:.1f} MiB state"
+        f"{explain.format_bytes(row.state_bytes)} state"
         for row in sorted(
             optimizer.plan(), key=lambda row: row.algorithm != optimizer.algorithm_name
         )

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedModel, Trainer
 
+from hf_precond.explain import format_bytes
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.registry import optimizer_info, option_specs
 from trainer_ext.arguments import as_text
@@ -92,6 +93,7 @@ def _section(optimizer: PreconditionedOptimizer) -> str:
         summary=info.summary,
         paper=info.paper,
         plan=optimizer.plan(),
+        format_bytes=format_bytes,
         hyperparameters=_hyperparameters(optimizer),
         fallback=optimizer.recipe.fallback.fallback,
         optim_args=",".join(f"{key}={value}" for key, value in changed_options(optimizer).items()),
