@@ -68,7 +68,7 @@ def parse_optim_args(
         if key in given:
             problems.append(f"{key!r} is given twice")
         given[key] = as_text(value)
-    if CONFIG in given and not problems:
+    if CONFIG in given:
         given = {**_read_config(given.pop(CONFIG), problems), **given}
     values = _convert_all(given, specs, problems)
     if problems:

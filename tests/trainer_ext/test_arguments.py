@@ -41,6 +41,7 @@ MALFORMED = {
     "strict_resume=on": "strict_resume = 'on' is not allowed: it must be true or false",
     "betas=0.9/x": "betas = '0.9/x' is not allowed: it must be numbers separated by slashes",
     "config=missing.yaml": "config file 'missing.yaml' does not exist",
+    "rank,config=no.yaml": r"'rank' is not KEY.*; config file 'no.yaml' does not exist\. Valid",
 }
 # The value is of the right type, but outside its range: found where the optimizer is built.
 OUT_OF_RANGE = {
