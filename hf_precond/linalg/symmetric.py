@@ -15,7 +15,7 @@ def packed_size(size: int) -> int:
 
 def pack(a_KK: Tensor) -> Tensor:
     """Returns the upper triangles ``[..., K(K+1)/2]`` of symmetric matrices ``[..., K, K]``."""
-    rows, cols = _triangle(a_KK.shape[-1], a_KK.device)
+    rows, cols = triangle(a_KK.shape[-1], a_KK.device)
     return a_KK[..., rows, cols]
 
 
@@ -25,14 +25,15 @@ def unpack(packed: Tensor, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns row and column of each packed entry."""
     rows, cols = torch.triu_indices(size, size, device=device)
     return rows, cols
 
 
 @lru_cache(maxsize=64)
 def _positions(size: int, device: torch.device) -> Tensor:
-    rows, cols = _triangle(size, device)
+    rows, cols = triangle(size, device)
     positions = torch.empty(size, size, dtype=torch.long, device=device)
     positions[rows, cols] = torch.arange(packed_size(size), device=device)
     positions[cols, rows] = positions[rows, cols]

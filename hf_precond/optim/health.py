@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -10,19 +10,26 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+# Pairs of device events kept for the mean step time; older ones are dropped.
+_MAX_EVENTS = 100
+
 
 class Health:
     """Means of observed tensors, counts of events and the time of steps since the last reading."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._sums: dict[str, Tensor] = {}
+        self._observed: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
-        self._seconds: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._steps = 0
+        self._seconds = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_MAX_EVENTS)
 
     def observe(self, name: str, values: Tensor) -> None:
         """Adds a tensor to the mean of a figure; stays on its device."""
-        self._sums[name].append(values.detach().float().mean())
+        mean = values.detach().float().mean()
+        self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+        self._observed[name] += 1
 
     def count(self, name: str) -> None:
         """Counts one event."""
@@ -40,19 +47,19 @@ class Health:
             return
         start = perf_counter()
         yield
-        self._seconds.append(perf_counter() - start)
+        self._seconds += perf_counter() - start
+        self._steps += 1
 
     def take(self) -> dict[str, float]:
         """Returns all figures and starts anew."""
-        figures = {name: float(torch.stack(sums).mean()) for name, sums in self._sums.items()}
-        figures |= {
-            name: float(self._counts[name]) for name in ("skipped_nonfinite", "failed_updates")
-        }
-        milliseconds = [1e3 * seconds for seconds in self._seconds]
+        figures = {name: float(total) / self._observed[name] for name, total in self._sums.items()}
+        for name in ("skipped_nonfinite", "failed_updates"):
+            figures[name] = float(self._counts[name])
         if self._events:
-            torch.cuda.synchronize()
-            milliseconds += [begin.elapsed_time(end) for begin, end in self._events]
-        if milliseconds:
-            figures["step_ms"] = sum(milliseconds) / len(milliseconds)
+            self._events[-1][1].synchronize()
+            times = [begin.elapsed_time(end) for begin, end in self._events]
+            figures["step_ms"] = sum(times) / len(times)
+        elif self._steps:
+            figures["step_ms"] = 1e3 * self._seconds / self._steps
         self.__init__()  # type: ignore[misc]
         return figures

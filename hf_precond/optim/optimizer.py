@@ -89,7 +89,16 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without ``"views"`` its parameters get views from their shapes."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._take_views(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._forget_banks()
+
+    @staticmethod
+    def _take_views(group: dict[str, Any]) -> None:
+        """Gives a group its views, by the shapes where it brings none, and checks them."""
         views = group.setdefault("views", [_default_views(param) for param in group["params"]])
         if len(views) != len(group["params"]):
             raise ValueError(
@@ -98,7 +107,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             )
         for name, param, plain in zip(_group_names(group), group["params"], views, strict=True):
             _check_views(name, param, plain)
-        self._forget_banks()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

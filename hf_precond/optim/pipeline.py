@@ -142,7 +142,7 @@ def _precondition(cohorts: Sequence[Cohort], num_params: int, faults: Faults) ->
                 seen = graft_input(stages, moment, moment_norm)
             partner = graft_step(stages, cohort.state, seen, step)
         if step < stages.start_step:
-            cohort.direction = moment if partner is None else partner
+            cohort.direction = cohort.gradient if partner is None else partner
             continue
         cohort.direction = cohort.algorithm.apply(cohort.state, moment, cohort.ctx)
         if partner is not None:

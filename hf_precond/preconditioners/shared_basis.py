@@ -22,6 +22,14 @@ Deviations from the paper:
 - the escaped mass uses a closed upper bound of ``||M_i - Q_t R_i Q_t^T||``
 (``escaped_norm="block"``); the power
   iteration of the paper approaches the norm from below, which breaks the bound its Lemma 2 needs;
+- ``escaped_norm="mean"`` adds the mean eigenvalue outside the basis instead, the isotropic tail
+  that is closest to M_i. The bound adds what each turn of the basis moves over its edge, about the
+  largest eigenvalue times the sine of the angle, at every update; in language models it soon
+  outweighs most of R_i, and the direction becomes the gradient again. With the mean Lemma 2 does
+  not hold;
+- ``tail="diagonal"`` scales what is outside the basis per weight, (T_i + eps)^(-1/2) with T_i the
+  second moments of g_i - Q Q^T g_i (state ``tail_sq`` [G, M, B]), as Adam would, instead of
+  c_i^(-1/2);
 - the subspace iteration is shifted by a millionth of tr(A): no eigenvector changes, but a step
 whose A has a
   rank below k no longer leaves the completion of the QR to chance;
@@ -41,7 +49,7 @@ from torch import Tensor
 
 from hf_precond.linalg.eigen import eigh, eigvalsh
 from hf_precond.linalg.subspace import orthonormal, random_basis, top_ritz_basis
-from hf_precond.linalg.symmetric import pack, packed_size, unpack
+from hf_precond.linalg.symmetric import pack, packed_size, triangle, unpack
 from hf_precond.preconditioners.base import (
     OptimizerInfo,
     Shape,
@@ -52,6 +60,8 @@ from hf_precond.preconditioners.base import (
 )
 
 Spectrum = tuple[Tensor, Tensor]
+# A weight outside the basis is scaled by at most the tenfold of what its block's mean would give.
+_TAIL_FLOOR = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +77,15 @@ class SharedBasis:
     )
     escaped_norm: str = option(
         "block",
-        "norm of what the basis misses: a closed upper bound, or exact (slow, for tests)",
-        choices=("block", "exact"),
+        "what the escaped mass gains: a closed upper bound of the norm of what the basis misses, "
+        "that norm exactly (slow, for tests), or the mean eigenvalue outside the basis",
+        choices=("block", "exact", "mean"),
+    )
+    tail: str = option(
+        "isotropic",
+        "scale of what is outside the basis: the escaped mass of the block (paper), or the second "
+        "moment of each weight's own part",
+        choices=("isotropic", "diagonal"),
     )
     update_interval: int = option(10, "steps between basis updates", low=1)
     coef_interval: int | None = option(
@@ -114,34 +131,46 @@ class SharedBasis:
         width = min(rank + self.oversample, size)
         entries = (packed_size(rank),) if self.packed else (rank, rank)
         basis = random_basis(size, width, seed=self.seed, dtype=dtype, device=device)
-        return {
+        state = {
             "basis": basis.expand(groups, size, width).clone(),
             "coef": torch.zeros(groups, blocks, *entries, dtype=dtype, device=device),
             "escaped_mass": torch.zeros(groups, blocks, dtype=dtype, device=device),
             "root": torch.zeros(groups, blocks, *entries, dtype=dtype, device=device),
             "root_tail": torch.full((groups, blocks), self.eps**-0.5, dtype=dtype, device=device),
         }
+        if self.tail == "diagonal":
+            state["tail_sq"] = torch.zeros(shape, dtype=dtype, device=device)
+        return state
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
         rank = self.effective_rank(g_GMB.shape[-1])
         new: State = {}
         spectrum: Spectrum | None = None
+        changed = True
         if ctx.due(self.update_interval):
             new, spectrum = self._update_basis(state, g_GMB, rank, ctx)
         elif ctx.due(self.coef_interval or self.update_interval):
-            new = self._update_coef(state, g_GMB, rank)
-        if self._root_due(ctx, changed=bool(new)):
+            self._update_coef_(state, g_GMB, rank)
+        else:
+            changed = False
+        if self._root_due(ctx, changed=changed):
             new |= self._root({**state, **new}, rank, spectrum)
-        # Written only when all is computed: a failed factorisation leaves the state as it was.
+        # Written only when all is computed: after a failed factorisation basis and roots still fit.
         for name, value in new.items():
             state[name].copy_(value)
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         rank = self.effective_rank(g_GMB.shape[-1])
         basis = state["basis"][..., :rank]
-        projected = _matvec(self._load(state["root"], rank), g_GMB @ basis)
-        out = g_GMB * state["root_tail"].unsqueeze(-1)
-        return out.baddbmm_(projected, basis.mT)
+        inside = g_GMB @ basis
+        projected = _matvec(self._load(state["root"], rank), inside)
+        tail_root = state["root_tail"].unsqueeze(-1)
+        if self.tail == "isotropic":
+            return (g_GMB * tail_root).baddbmm_(projected, basis.mT)
+        out = g_GMB - inside @ basis.mT
+        floor = _TAIL_FLOOR / tail_root.square()
+        out *= torch.maximum(state["tail_sq"] + self.eps, floor).rsqrt_()
+        return out.baddbmm_(projected.addcmul_(inside, tail_root), basis.mT)
 
     def health(self, state: State) -> dict[str, Tensor]:
         """Share of the second moments' trace outside the shared basis, per group ``[G]``."""
@@ -194,7 +223,9 @@ class SharedBasis:
         coef = turn.coef()
         spectrum = eigh(coef) if self._root_due(ctx, changed=True) else None
         lowest = self._lowest(coef, spectrum)
-        if self.escaped_norm == "block":
+        if self.escaped_norm == "mean":
+            norm = lowest + turn.mean_residual()
+        elif self.escaped_norm == "block":
             norm = turn.block_norm(lowest)
         else:
             norm = turn.exact_norm(coef, lowest)
@@ -204,29 +235,39 @@ class SharedBasis:
             "coef": self._store(coef * scale_GM[..., None, None]),
             "escaped_mass": decay * state["escaped_mass"] + norm * scale_GM,
         }
+        if self.tail == "diagonal":
+            residual = turn.residual * scale_GM.sqrt().unsqueeze(-1)
+            new["tail_sq"] = decay * state["tail_sq"] + weight * residual.square()
         if spectrum is None:
             new["root"] = self._store(turn.carry_over(self._load(state["root"], rank)))
             return new, None
         values = (spectrum[0] - lowest.unsqueeze(-1)).clamp_(min=0) * scale_GM.unsqueeze(-1)
         return new, (values, spectrum[1])
 
-    def _update_coef(self, state: State, g_GMB: Tensor, rank: int) -> State:
-        """One rank-one update per block in the present basis."""
+    def _update_coef_(self, state: State, g_GMB: Tensor, rank: int) -> None:
+        """One rank-one update per block in the present basis, in place."""
         decay, weight = self._weights
         basis = state["basis"][..., :rank]
         inside = g_GMB @ basis
-        coef = self._load(state["coef"], rank) * decay
-        coef.addcmul_(inside.unsqueeze(-1), inside.unsqueeze(-2), value=weight)
-        inside_sq = inside.square().sum(-1)
-        # The residual itself: |g|^2 - |y|^2 cancels where the basis has settled, and Lemma 2 is
-        # lost.
-        outside_sq = (g_GMB - inside @ basis.mT).square_().sum(-1)
-        norm = _block_norm(
-            torch.zeros_like(inside_sq),
-            weight * outside_sq,
-            weight * outside_sq.sqrt() * inside_sq.sqrt(),
-        )
-        return {"coef": self._store(coef), "escaped_mass": decay * state["escaped_mass"] + norm}
+        # The residual itself: |g|^2 - |y|^2 cancels where the basis has settled.
+        residual = g_GMB - inside @ basis.mT
+        outside_sq = residual.square().sum(-1)
+        if self.escaped_norm == "mean":
+            norm = weight * outside_sq / max(1, g_GMB.shape[-1] - rank)
+        else:
+            norm = _block_norm(
+                torch.zeros_like(outside_sq),
+                weight * outside_sq,
+                weight * outside_sq.sqrt() * inside.square().sum(-1).sqrt(),
+            )
+        left, right = inside.unsqueeze(-1), inside.unsqueeze(-2)
+        if self.packed:
+            rows, columns = triangle(rank, inside.device)
+            left, right = inside[..., rows], inside[..., columns]
+        state["coef"].mul_(decay).addcmul_(left, right, value=weight)
+        state["escaped_mass"].mul_(decay).add_(norm)
+        if self.tail == "diagonal":
+            state["tail_sq"].mul_(decay).addcmul_(residual, residual, value=weight)
 
     def _iterate(self, columns: Tensor, moments: _Moments) -> Tensor:
         """Subspace iteration on A = sum_i M_i M_i^T from the previous (or a fresh random) basis."""
@@ -338,13 +379,22 @@ class _BasisTurn:
     basis: Tensor  # Q_t      [G, B, K]
     overlap: Tensor  # C      [G, K, K]
     y: Tensor  # y_i          [G, M, K]
+    residual: Tensor  # g_i - Q_t y_i  [G, M, B]
     left: Tensor  # C R_i     [G, M, K, K]
 
     @classmethod
     def of(cls, moments: _Moments, basis: Tensor) -> _BasisTurn:
         overlap = basis.mT @ moments.basis
         left = _right_multiply(moments.coef, overlap.mT).mT  # (R_i C^T)^T, R_i symmetric
-        return cls(moments=moments, basis=basis, overlap=overlap, y=moments.g @ basis, left=left)
+        y = moments.g @ basis
+        return cls(
+            moments=moments,
+            basis=basis,
+            overlap=overlap,
+            y=y,
+            residual=moments.g - y @ basis.mT,
+            left=left,
+        )
 
     def coef(self) -> Tensor:
         """Q_t^T M_i Q_t = a C R_i C^T + c y_i y_i^T, ``[G, M, K, K]``."""
@@ -364,7 +414,7 @@ class _BasisTurn:
         escaped = escaped - self.basis @ (self.basis.mT @ escaped)
         gram = escaped.mT @ escaped
         e = self.moments.g @ escaped  # the product itself: a difference of projections would cancel
-        residual_sq = (self.moments.g - self.y @ self.basis.mT).square_().sum(-1)
+        residual_sq = self.residual.square().sum(-1)
         off_sq = (
             a**2 * (_right_multiply(self.left, gram) * self.left).sum((-2, -1))
             + 2 * a * c * (_matvec(self.left, e) * self.y).sum(-1)
@@ -377,6 +427,21 @@ class _BasisTurn:
             + c**2 * residual_sq.square()
         )
         return _block_norm(lowest, rest_sq.clamp(min=0).sqrt(), off_sq.clamp(min=0).sqrt())
+
+    def mean_residual(self) -> Tensor:
+        """``[G, M]``: mean eigenvalue of M_i outside Q_t, tr((I - QQ^T) M_i) / (b - k)."""
+        a, c, coef = self.moments.decay, self.moments.weight, self.moments.coef
+        escaped = self._escaped()
+        gram = escaped.mT @ escaped
+        residual_sq = self.residual.square().sum(-1)
+        outside = a * (coef * gram.unsqueeze(1)).sum((-2, -1)) + c * residual_sq
+        return outside.clamp_(min=0) / max(1, self.basis.shape[-2] - self.basis.shape[-1])
+
+    def _escaped(self) -> Tensor:
+        """E = (I - Q_t Q_t^T) Q_{t-1}, ``[G, B, K]``."""
+        escaped = self.moments.basis - self.basis @ self.overlap
+        # Orthogonalised twice: what the first pass leaves is mostly rounding of what it removed.
+        return escaped - self.basis @ (self.basis.mT @ escaped)
 
     def exact_norm(self, coef: Tensor, lowest: Tensor) -> Tensor:
         """``[G, M]``: the same norm in the span of (Q_t, Q_{t-1}, g_i), 2k + 1 dimensions; slow."""

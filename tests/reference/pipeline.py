@@ -118,7 +118,7 @@ class MatrixReference:
             if self.graft != "none":
                 direction = self._take_norms(direction, graft_step)
         else:
-            direction = graft_step
+            direction = grad if self.graft == "none" else graft_step
         if self.momentum_site == "direction":
             direction = self._first_moment(direction)
         self.weight = self.weight - self.lr * self.weight_decay * self.weight - self.lr * direction

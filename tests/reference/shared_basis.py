@@ -41,6 +41,7 @@ class SharedBasisReference:
     warm_start: bool = True
     deflate: bool = True
     escaped_norm: str = "block"
+    tail: str = "isotropic"
     update_interval: int = 1
     coef_interval: int | None = None
     root_interval: int | None = None
@@ -51,6 +52,7 @@ class SharedBasisReference:
     escaped_mass: list[Tensor] = field(init=False)
     excess_roots: list[Tensor] = field(init=False)  # (R_i + c_i I)^{-1/2} - c_i^{-1/2} I
     tail_roots: list[Tensor] = field(init=False)  # c_i^{-1/2}
+    tail_sq: list[Tensor] = field(init=False)  # second moments of (I - QQ^T) g_i, per weight
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -78,12 +80,26 @@ class SharedBasisReference:
         """d_i = Q [(R_i + c_i I)^{-1/2} - c_i^{-1/2} I] Q^T g_i + c_i^{-1/2} g_i."""
         q = self.basis
         rows = zip(grads, self.excess_roots, self.tail_roots, strict=True)
+        if self.tail == "diagonal":
+            return self._apply_diagonal_tail(grads)
         return torch.stack([q @ excess @ q.T @ g + tail * g for g, excess, tail in rows])
+
+    def _apply_diagonal_tail(self, grads: Tensor) -> Tensor:
+        """d_i = Q (R_i + c_i I)^{-1/2} Q^T g_i + max(T_i + eps, c_i/100)^{-1/2} (I - QQ^T) g_i."""
+        q, directions = self.basis, []
+        for g, excess, tail, second in zip(
+            grads, self.excess_roots, self.tail_roots, self.tail_sq, strict=True
+        ):
+            inside = q @ (excess + tail * torch.eye(self.rank, dtype=g.dtype)) @ q.T @ g
+            scale = torch.maximum(second + self.eps, 0.01 * tail**-2).rsqrt()
+            directions.append(inside + scale * (g - q @ q.T @ g))
+        return torch.stack(directions)
 
     def _allocate(self, grads: Tensor) -> None:
         self.columns = self.draw_start(0)
         self.coef = [grads.new_zeros(self.rank, self.rank) for _ in grads]
         self.escaped_mass = [grads.new_zeros(()) for _ in grads]
+        self.tail_sq = [torch.zeros_like(g) for g in grads]
         self._recompute_roots()
 
     def _move(self, grads: Tensor, basis_moves: bool) -> None:
@@ -102,6 +118,8 @@ class SharedBasisReference:
                 projected - deflated * torch.eye(self.rank, dtype=grads.dtype)
             )
             norm = self._norm(moment, self.coef[i], deflated)
+            outside = grads[i] - self.basis @ self.basis.T @ grads[i]
+            self.tail_sq[i] = decay * self.tail_sq[i] + weight * outside**2
             self.escaped_mass[i] = decay * self.escaped_mass[i] + norm
 
     def _move_basis(self, a: Tensor) -> None:
@@ -117,11 +135,14 @@ class SharedBasisReference:
         self.excess_roots = [overlap @ excess @ overlap.T for excess in self.excess_roots]
 
     def _norm(self, moment: Tensor, coef: Tensor, deflated: Tensor) -> Tensor:
-        """||M_i - Q R_i Q^T||_2, or its bound from the norms of the blocks inside and outside Q."""
+        """||M_i - Q R_i Q^T||_2, its bound from block norms, or the mean eigenvalue outside Q."""
         inside = self.basis @ self.basis.T
         outside = torch.eye(len(inside), dtype=inside.dtype) - inside
         if self.escaped_norm == "exact":
             return torch.linalg.matrix_norm(moment - self.basis @ coef @ self.basis.T, ord=2)
+        if self.escaped_norm == "mean":
+            dimensions = max(1, len(inside) - self.rank)
+            return deflated + (outside @ moment @ outside).trace() / dimensions
         off = torch.linalg.matrix_norm(self.basis.T @ moment @ outside)
         rest = torch.linalg.matrix_norm(outside @ moment @ outside)
         return (deflated + rest) / 2 + torch.hypot((deflated - rest) / 2, off)

@@ -55,7 +55,7 @@ OUT_OF_RANGE = {
     "eps=0": "eps = 0.0 .* > 0",
     "eps=-1e-8": "eps = -1e-08 .* > 0",
     "seed=-1": "seed = -1 .* >= 0",
-    "escaped_norm=frobenius": "escaped_norm = 'frobenius' .* one of 'block', 'exact'",
+    "escaped_norm=frobenius": "escaped_norm = 'frobenius' .* one of 'block', 'exact', 'mean'",
     "attention_grouping=layer": "attention_grouping = 'layer' .* one of 'head', 'kernel'",
     "fallback=lion": "fallback = 'lion' .* one of 'adam', 'sgd'",
     "fallback_eps=-1": "fallback_eps = -1.0 .* >= 0",
