@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_precond.explain import format_bytes
 from hf_precond.optim.optimizer import PreconditionedOptimizer
-from hf_precond.registry import optimizer_info, option_specs
+from hf_precond.registry import optimizer_info, option_specs, resolve
 from trainer_ext.arguments import as_text
 
 TAG = "hf-precond"
@@ -78,10 +78,11 @@ def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, str]:
 def changed_options(optimizer: PreconditionedOptimizer) -> dict[str, str]:
     """Returns the options that differ from the defaults, in the notation of ``optim_args``."""
     values = optimizer.recipe.hyperparameters()
+    defaults = resolve(optimizer.algorithm_name).hyperparameters()
     return {
         name: as_text(values[name])
-        for name, spec in option_specs(optimizer.algorithm_name).items()
-        if name in values and as_text(values[name]) != as_text(spec.default)
+        for name in option_specs(optimizer.algorithm_name)
+        if as_text(values[name]) != as_text(defaults[name])
     }
 
 

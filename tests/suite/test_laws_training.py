@@ -26,7 +26,8 @@ from tests.suite.building import (
 )
 
 TOLERANCE = 1e-11
-SUMMATION_TOLERANCE = 1e-9  # the gradient itself is summed in another order
+# The gradient itself is summed in another order, and whitening magnifies small directions.
+SUMMATION_TOLERANCE = 1e-7
 DESCENT = 0.1  # share of the first loss that may be left
 
 

@@ -82,7 +82,7 @@ def check_agreement(
     **options: Any,
 ) -> None:
     """Runs optimizer and references side by side and compares all weights after every step."""
-    options = {"rank": 2, "update_interval": 1} | options
+    options = {"rank": 2, "update_interval": 1} | REFERENCES[name].paper | options
     optimizer = build(name, [_parameters(views)], lr=0.5, weight_decay=0.1, **options)
     expected = references(optimizer)
     params = params_of(optimizer)

@@ -32,7 +32,9 @@ def fail_for_first_slot(monkeypatch: pytest.MonkeyPatch, first_failing_step: int
 
 def test_the_previous_factor_is_kept_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh() -> object:
-        return build(NAME, [parameter(5, 6, seed=i) for i in range(2)], update_interval=1)
+        return build(
+            NAME, [parameter(5, 6, seed=i) for i in range(2)], update_interval=1, root_interval=1
+        )
 
     healthy, faulty = fresh(), fresh()
     run(healthy, range(1, 6))
@@ -50,7 +52,7 @@ def test_the_previous_factor_is_kept_and_others_go_on(monkeypatch: pytest.Monkey
 
 def test_lasting_failures_raise_with_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     named = [("bad.weight", parameter(5, 6)), ("good.weight", parameter(5, 6))]
-    optimizer = build(NAME, named, update_interval=1, max_failures=3)
+    optimizer = build(NAME, named, update_interval=1, root_interval=1, max_failures=3)
     fail_for_first_slot(monkeypatch, first_failing_step=2)
     run(optimizer, range(1, 4))
     with pytest.raises(DecompositionError, match=r"bad\.weight.*3"):
