@@ -496,6 +496,8 @@ _DEFAULTS = {
     "eps": 1e-12,
     "graft": "adam",
     "momentum_site": "gradient",
+    # Until the second roots: the first ones know one gradient and stretch whatever it is not.
+    "start_step": 11,
 }
 
 INFOS = (

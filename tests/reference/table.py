@@ -114,6 +114,7 @@ _SHARED_BASIS_PAPER: Options = {
     "eps": 1e-8,
     "graft": "rmsprop_normalized",
     "momentum_site": "direction",
+    "start_step": 1,
 }
 _SHARED_BASIS_SETS: dict[str, Options] = {
     "paper": {},
@@ -124,6 +125,7 @@ _SHARED_BASIS_SETS: dict[str, Options] = {
         "root_interval": 10,
         "graft": "adam",
         "momentum_site": "gradient",
+        "start_step": 11,
     },
     "three_iterations": {"num_iters": 3},
     "oversampled": {"oversample": 2},

@@ -12,7 +12,13 @@ from hf_precond import PreconditionedOptimizer, create_optimizer, option_specs
 from hf_precond.views.view import ParamView
 
 # Small enough for fast tests; each is used where an optimizer has the option.
-SMALL = {"rank": 3, "update_interval": 2, "state_dtype": "float64"}
+SMALL = {
+    "rank": 3,
+    "update_interval": 2,
+    "root_interval": 2,
+    "start_step": 3,
+    "state_dtype": "float64",
+}
 LR = 0.05
 
 
