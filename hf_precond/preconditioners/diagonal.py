@@ -36,8 +36,11 @@ class Adam:
         state["exp_avg_sq"].mul_(self.beta2).addcmul_(g_GMB, g_GMB, value=1 - self.beta2)
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
-        root = state["exp_avg_sq"].sqrt().div_((1 - self.beta2**ctx.step) ** 0.5).add_(self.eps)
-        return torch.div(state["exp_avg"], root, out=root).div_(1 - self.beta1**ctx.step)
+        # (m / c1) / (sqrt(v) / c2 + eps) with both corrections outside, to pass memory less often.
+        correction = (1 - self.beta2**ctx.step) ** 0.5
+        root = state["exp_avg_sq"].sqrt().add_(self.eps * correction)
+        direction = torch.div(state["exp_avg"], root, out=root)
+        return direction.mul_(correction / (1 - self.beta1**ctx.step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

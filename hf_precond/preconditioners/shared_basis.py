@@ -167,9 +167,9 @@ class SharedBasis:
         tail_root = state["root_tail"].unsqueeze(-1)
         if self.tail == "isotropic":
             return (g_GMB * tail_root).baddbmm_(projected, basis.mT)
-        out = g_GMB - inside @ basis.mT
-        floor = _TAIL_FLOOR / tail_root.square()
-        out *= torch.maximum(state["tail_sq"] + self.eps, floor).rsqrt_()
+        scale = state["tail_sq"] + self.eps
+        torch.maximum(scale, _TAIL_FLOOR / tail_root.square(), out=scale).rsqrt_()
+        out = torch.baddbmm(g_GMB, inside, basis.mT, alpha=-1).mul_(scale)
         return out.baddbmm_(projected.addcmul_(inside, tail_root), basis.mT)
 
     def health(self, state: State) -> dict[str, Tensor]:
@@ -206,14 +206,17 @@ class SharedBasis:
         """One basis update; also the spectrum of the new coefficients if it was needed."""
         decay, weight = self._weights
         coef = self._load(state["coef"], rank)
+        norm_sq = _row_squares(g_GMB)
         # A is of fourth order in the gradient: without a common scale float32 over- and underflows.
-        trace = decay * _trace(coef).sum(-1) + weight * g_GMB.square().sum((-2, -1))
+        trace = decay * _trace(coef).sum(-1) + weight * norm_sq.sum(-1)
         scale_G = _nonzero(ctx.sum_over_blocks(trace))
         scale_GM = scale_G.unsqueeze(-1)
         moments = _Moments.of(
             basis=state["basis"][..., :rank],
             coef=coef / scale_GM[..., None, None],
-            g=g_GMB / scale_GM.sqrt().unsqueeze(-1),
+            g=g_GMB,
+            scale=scale_G[:, None, None],
+            norm_sq=norm_sq / scale_GM,
             decay=decay,
             weight=weight,
             ctx=ctx,
@@ -232,12 +235,12 @@ class SharedBasis:
         coef.diagonal(dim1=-2, dim2=-1).sub_(lowest.unsqueeze(-1))
         new = {
             "basis": columns,
-            "coef": self._store(coef * scale_GM[..., None, None]),
+            "coef": self._store(coef.mul_(scale_GM[..., None, None])),
             "escaped_mass": decay * state["escaped_mass"] + norm * scale_GM,
         }
         if self.tail == "diagonal":
-            residual = turn.residual * scale_GM.sqrt().unsqueeze(-1)
-            new["tail_sq"] = decay * state["tail_sq"] + weight * residual.square()
+            tail_sq = decay * state["tail_sq"]
+            new["tail_sq"] = tail_sq.addcmul_(turn.residual, turn.residual, value=weight)
         if spectrum is None:
             new["root"] = self._store(turn.carry_over(self._load(state["root"], rank)))
             return new, None
@@ -250,15 +253,15 @@ class SharedBasis:
         basis = state["basis"][..., :rank]
         inside = g_GMB @ basis
         # The residual itself: |g|^2 - |y|^2 cancels where the basis has settled.
-        residual = g_GMB - inside @ basis.mT
-        outside_sq = residual.square().sum(-1)
+        residual = torch.baddbmm(g_GMB, inside, basis.mT, alpha=-1)
+        outside_sq = _row_squares(residual)
         if self.escaped_norm == "mean":
             norm = weight * outside_sq / max(1, g_GMB.shape[-1] - rank)
         else:
             norm = _block_norm(
                 torch.zeros_like(outside_sq),
                 weight * outside_sq,
-                weight * outside_sq.sqrt() * inside.square().sum(-1).sqrt(),
+                weight * outside_sq.sqrt() * torch.linalg.vector_norm(inside, dim=-1),
             )
         left, right = inside.unsqueeze(-1), inside.unsqueeze(-2)
         if self.packed:
@@ -315,11 +318,16 @@ class SharedBasis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Moments:
-    """The implicit matrices M_i = a Q R_i Q^T + c g_i g_i^T and A = sum_i M_i M_i^T."""
+    """The implicit matrices M_i = a Q R_i Q^T + c g_i g_i^T and A = sum_i M_i M_i^T.
+
+    All second moments are in units of ``scale``; the gradients are divided by its root only after
+    they have been multiplied with something thin.
+    """
 
     basis: Tensor  # Q             [G, B, K]
     coef: Tensor  # R_i            [G, M, K, K]
-    g: Tensor  # g_i               [G, M, B]
+    g: Tensor  # g_i, raw          [G, M, B]
+    scale: Tensor  #               [G, 1, 1]
     x: Tensor  # Q^T g_i           [G, M, K]
     z: Tensor  # R_i Q^T g_i       [G, M, K]
     norm_sq: Tensor  # |g_i|^2     [G, M]
@@ -335,19 +343,22 @@ class _Moments:
         basis: Tensor,
         coef: Tensor,
         g: Tensor,
+        scale: Tensor,
+        norm_sq: Tensor,
         decay: float,
         weight: float,
         ctx: StepContext,
     ) -> _Moments:
-        x = g @ basis
+        x = g @ basis / scale.sqrt()
         flat = coef.flatten(1, 2)
         return cls(
             basis=basis,
             coef=coef,
             g=g,
+            scale=scale,
             x=x,
             z=_matvec(coef, x),
-            norm_sq=g.square().sum(-1),
+            norm_sq=norm_sq,
             coef_sq=ctx.sum_over_blocks(flat.mT @ flat),
             decay=decay,
             weight=weight,
@@ -365,10 +376,15 @@ class _Moments:
         """A @ y for thin y ``[G, B, L]``, in 4 m b L flops."""
         a, c = self.decay, self.weight
         inner = self.basis.mT @ y_GBL
-        gy = self.g @ y_GBL
+        gy = self.project(y_GBL)
         small = a**2 * (self.coef_sq @ inner) + a * c * self.ctx.sum_over_blocks(self.z.mT @ gy)
         mixed = a * c * (self.z @ inner) + c**2 * (self.norm_sq.unsqueeze(-1) * gy)
-        return self.basis @ small + self.ctx.sum_over_blocks(self.g.mT @ mixed)
+        lifted = self.g.mT @ mixed / self.scale.sqrt()
+        return self.basis @ small + self.ctx.sum_over_blocks(lifted)
+
+    def project(self, y_GBL: Tensor) -> Tensor:
+        """y^T g_i ``[G, M, L]`` in units of the root of ``scale``."""
+        return self.g @ y_GBL / self.scale.sqrt()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,20 +395,20 @@ class _BasisTurn:
     basis: Tensor  # Q_t      [G, B, K]
     overlap: Tensor  # C      [G, K, K]
     y: Tensor  # y_i          [G, M, K]
-    residual: Tensor  # g_i - Q_t y_i  [G, M, B]
+    residual: Tensor  # g_i - Q_t Q_t^T g_i, raw  [G, M, B]
     left: Tensor  # C R_i     [G, M, K, K]
 
     @classmethod
     def of(cls, moments: _Moments, basis: Tensor) -> _BasisTurn:
         overlap = basis.mT @ moments.basis
         left = _right_multiply(moments.coef, overlap.mT).mT  # (R_i C^T)^T, R_i symmetric
-        y = moments.g @ basis
+        inside = moments.g @ basis
         return cls(
             moments=moments,
             basis=basis,
             overlap=overlap,
-            y=y,
-            residual=moments.g - y @ basis.mT,
+            y=inside / moments.scale.sqrt(),
+            residual=torch.baddbmm(moments.g, inside, basis.mT, alpha=-1),
             left=left,
         )
 
@@ -413,8 +429,10 @@ class _BasisTurn:
         # removed.
         escaped = escaped - self.basis @ (self.basis.mT @ escaped)
         gram = escaped.mT @ escaped
-        e = self.moments.g @ escaped  # the product itself: a difference of projections would cancel
-        residual_sq = self.residual.square().sum(-1)
+        e = self.moments.project(
+            escaped
+        )  # the product itself: a difference of projections would cancel
+        residual_sq = _row_squares(self.residual) / self.moments.scale.squeeze(-1)
         off_sq = (
             a**2 * (_right_multiply(self.left, gram) * self.left).sum((-2, -1))
             + 2 * a * c * (_matvec(self.left, e) * self.y).sum(-1)
@@ -433,7 +451,7 @@ class _BasisTurn:
         a, c, coef = self.moments.decay, self.moments.weight, self.moments.coef
         escaped = self._escaped()
         gram = escaped.mT @ escaped
-        residual_sq = self.residual.square().sum(-1)
+        residual_sq = _row_squares(self.residual) / self.moments.scale.squeeze(-1)
         outside = a * (coef * gram.unsqueeze(1)).sum((-2, -1)) + c * residual_sq
         return outside.clamp_(min=0) / max(1, self.basis.shape[-2] - self.basis.shape[-1])
 
@@ -448,9 +466,10 @@ class _BasisTurn:
         groups, blocks, size = self.moments.g.shape
         previous = self.moments.basis.unsqueeze(1).expand(groups, blocks, size, -1)
         current = self.basis.unsqueeze(1).expand(groups, blocks, size, -1)
-        span = orthonormal(torch.cat([current, previous, self.moments.g.unsqueeze(-1)], -1))
+        gradient = (self.moments.g / self.moments.scale.sqrt()).unsqueeze(-1)
+        span = orthonormal(torch.cat([current, previous, gradient], -1))
         old, now = span.mT @ previous, span.mT @ current
-        g = (span.mT @ self.moments.g.unsqueeze(-1)).squeeze(-1)
+        g = (span.mT @ gradient).squeeze(-1)
         kept = coef - torch.diag_embed(lowest.unsqueeze(-1).expand(coef.shape[:-1]))
         difference = self.moments.decay * (old @ self.moments.coef @ old.mT) - now @ kept @ now.mT
         difference.addcmul_(g.unsqueeze(-1), g.unsqueeze(-2), value=self.moments.weight)
@@ -470,6 +489,11 @@ def _right_multiply(a_GMKK: Tensor, b_GKK: Tensor) -> Tensor:
 def _matvec(a_GMKK: Tensor, x_GMK: Tensor) -> Tensor:
     """a_i @ x_i for symmetric or general a, ``[G, M, K]``."""
     return (a_GMKK @ x_GMK.unsqueeze(-1)).squeeze(-1)
+
+
+def _row_squares(x_GMB: Tensor) -> Tensor:
+    """|x_i|^2, ``[G, M]``, in one pass."""
+    return torch.linalg.vector_norm(x_GMB, dim=-1).square_()
 
 
 def _trace(a_KK: Tensor) -> Tensor:
