@@ -4,7 +4,8 @@
     scripts/plot_results.py results/wikitext2_gpt2_7m.jsonl
 
 Each variant is shown with its best learning rate: the one with the lowest mean final validation
-loss over its seeds.
+loss over its seeds. Times are not compared here: runs of a sweep may share the machine
+(`scripts/bench_step.py` measures them interleaved).
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ class VariantResult:
     Attributes:
         curve: mean validation loss; of steps that all seeds have.
         tried: learning rate -> mean final validation loss, infinite for a diverged rate.
-        seconds_per_step: training time without start-up, evaluations included.
     """
 
     name: str
@@ -39,7 +39,6 @@ class VariantResult:
     seeds: int
     curve: Curve
     tried: Mapping[float, float]
-    seconds_per_step: float
 
     @property
     def final_loss(self) -> float:
@@ -125,9 +124,6 @@ def best_rate(name: str, rates: Mapping[float, Sequence[Mapping[str, Any]]]) -> 
         seeds=len(runs),
         curve=mean_curve([to_curve(run["eval_loss"]) for run in runs]),
         tried=tried,
-        seconds_per_step=fmean(
-            run["metrics"]["train_runtime"] / run["eval_loss"][-1][0] for run in runs
-        ),
     )
 
 
@@ -186,15 +182,15 @@ def markdown_table(results: Sequence[VariantResult], *, baseline: str) -> str:
     target = by_name[baseline]
     rows = [
         "| optimizer | best learning rate | seeds | steps | validation loss | perplexity "
-        f"| steps to the loss of {baseline} | s / step |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| steps to the loss of {baseline} |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for result in results:
         steps = result.curve[-1][0]
         rows.append(
             f"| {result.name} | {result.learning_rate:g} | {result.seeds} | {steps} "
             f"| {result.final_loss:.4f} | {math.exp(result.final_loss):.1f} "
-            f"| {_steps_cell(result, target)} | {result.seconds_per_step:.2f} |"
+            f"| {_steps_cell(result, target)} |"
         )
     return "\n".join(rows)
 
