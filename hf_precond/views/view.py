@@ -95,11 +95,20 @@ class ParamView:
         self.window(tensor).copy_(blocks.reshape(self.window_shape))
 
     def add_from_blocks(self, tensor: Tensor, blocks: Tensor, alpha: float | Tensor) -> None:
-        """Adds ``alpha * blocks`` to the window of ``tensor``, in place."""
+        """Adds ``alpha * blocks`` to the window of ``tensor``, in place.
+
+        The sum is rounded once, also where ``tensor`` has fewer bits than the blocks. A tensor that
+        is not contiguous (a ``channels_last`` kernel) goes through a copy.
+        """
+        if not tensor.is_contiguous():
+            copy = tensor.contiguous()
+            self.add_from_blocks(copy, blocks, alpha)
+            tensor.copy_(copy)
+            return
         update = blocks.reshape(self.window_shape)
         if isinstance(alpha, Tensor):
             update, alpha = update * alpha, 1.0
-        self.window(tensor).add_(update.to(tensor.dtype), alpha=alpha)
+        self.window(tensor).add_(update, alpha=alpha)
 
     def to_plain(self) -> list[Any]:
         """Returns nested lists of str and int, fit for optimizer ``param_groups``."""

@@ -332,3 +332,20 @@ def test_text_of_a_view() -> None:
         "v: 1 x [2, 4]",
     ]
     assert str(rows((6, 4))) == "1 x [6, 4]"
+
+
+def test_adding_to_a_channels_last_kernel() -> None:
+    plain = torch.randn(4, 3, 2, 2)
+    kernel = plain.clone().to(memory_format=torch.channels_last)
+    view, update = rows((4, 3, 2, 2)), torch.randn(1, 4, 12)
+    for target in (plain, kernel):
+        view.add_from_blocks(target, update, -0.5)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(kernel, plain)
+
+
+def test_adding_to_bfloat16_rounds_once() -> None:
+    weight, update = torch.randn(3, 5).bfloat16(), torch.randn(1, 3, 5)
+    expected = (weight.float() - 1e-2 * update[0]).bfloat16()
+    rows((3, 5)).add_from_blocks(weight, update, -1e-2)
+    assert torch.equal(weight, expected)
