@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import FallbackOptions, GroupingOptions, NumericsOptions, Recipe
@@ -247,6 +247,3 @@ def _checked_betas(betas: tuple[Any, ...]) -> tuple[float, float]:
             f"betas = {betas!r} is not allowed: it must be two numbers, each >= 0 and < 1"
         )
     return float(betas[0]), float(betas[1])
-
-
-ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]

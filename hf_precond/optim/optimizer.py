@@ -7,7 +7,6 @@ shape, over all layers and heads, go through each of these in one batched call.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from hf_precond.optim.stages import (
 from hf_precond.preconditioners.base import Preconditioner, State
 from hf_precond.views.plan import Bucket, PlannedView, clusters, plan_buckets
 from hf_precond.views.view import ParamView, check_cover, flat, rows
-
-logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 _MAIN, _FALLBACK = "main", "fallback"

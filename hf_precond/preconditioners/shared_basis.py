@@ -58,8 +58,18 @@ from hf_precond.preconditioners.base import (
     check_options,
     option,
 )
+from hf_precond.preconditioners.shared_moments import (
+    BasisTurn,
+    Moments,
+    block_norm_bound,
+    matvec,
+    nonzero,
+    row_squares,
+    trace,
+)
 
 Spectrum = tuple[Tensor, Tensor]
+_ACCUMULATED = ("coef", "escaped_mass", "tail_sq")
 # A weight outside the basis is scaled by at most the tenfold of what its block's mean would give.
 _TAIL_FLOOR = 0.01
 
@@ -150,7 +160,10 @@ class SharedBasis:
         if ctx.due(self.update_interval):
             new, spectrum = self._update_basis(state, g_GMB, rank, ctx)
         elif ctx.due(self.coef_interval or self.update_interval):
-            self._update_coef_(state, g_GMB, rank)
+            if self._root_due(ctx, changed=True):
+                # The roots' factorisation may fail and be repeated: nothing may count twice.
+                new = {name: state[name].clone() for name in _ACCUMULATED if name in state}
+            self._update_coef_({**state, **new}, g_GMB, rank)
         else:
             changed = False
         if self._root_due(ctx, changed=changed):
@@ -163,7 +176,7 @@ class SharedBasis:
         rank = self.effective_rank(g_GMB.shape[-1])
         basis = state["basis"][..., :rank]
         inside = g_GMB @ basis
-        projected = _matvec(self._load(state["root"], rank), inside)
+        projected = matvec(self._load(state["root"], rank), inside)
         tail_root = state["root_tail"].unsqueeze(-1)
         if self.tail == "isotropic":
             return (g_GMB * tail_root).baddbmm_(projected, basis.mT)
@@ -177,7 +190,7 @@ class SharedBasis:
         size = state["basis"].shape[-2]
         rank = self.effective_rank(size)
         coef = self._load(state["coef"], rank)
-        inside = _trace(coef).sum(-1)
+        inside = trace(coef).sum(-1)
         outside = state["escaped_mass"].sum(-1) * size
         return {
             "escaped_mass_share": outside
@@ -206,12 +219,12 @@ class SharedBasis:
         """One basis update; also the spectrum of the new coefficients if it was needed."""
         decay, weight = self._weights
         coef = self._load(state["coef"], rank)
-        norm_sq = _row_squares(g_GMB)
+        norm_sq = row_squares(g_GMB)
         # A is of fourth order in the gradient: without a common scale float32 over- and underflows.
-        trace = decay * _trace(coef).sum(-1) + weight * norm_sq.sum(-1)
-        scale_G = _nonzero(ctx.sum_over_blocks(trace))
+        mass = decay * trace(coef).sum(-1) + weight * norm_sq.sum(-1)
+        scale_G = nonzero(ctx.sum_over_blocks(mass))
         scale_GM = scale_G.unsqueeze(-1)
-        moments = _Moments.of(
+        moments = Moments.of(
             basis=state["basis"][..., :rank],
             coef=coef / scale_GM[..., None, None],
             g=g_GMB,
@@ -222,7 +235,7 @@ class SharedBasis:
             ctx=ctx,
         )
         columns = self._iterate(state["basis"], moments)
-        turn = _BasisTurn.of(moments, columns[..., :rank])
+        turn = BasisTurn.of(moments, columns[..., :rank])
         coef = turn.coef()
         spectrum = eigh(coef) if self._root_due(ctx, changed=True) else None
         lowest = self._lowest(coef, spectrum)
@@ -254,11 +267,11 @@ class SharedBasis:
         inside = g_GMB @ basis
         # The residual itself: |g|^2 - |y|^2 cancels where the basis has settled.
         residual = torch.baddbmm(g_GMB, inside, basis.mT, alpha=-1)
-        outside_sq = _row_squares(residual)
+        outside_sq = row_squares(residual)
         if self.escaped_norm == "mean":
             norm = weight * outside_sq / max(1, g_GMB.shape[-1] - rank)
         else:
-            norm = _block_norm(
+            norm = block_norm_bound(
                 torch.zeros_like(outside_sq),
                 weight * outside_sq,
                 weight * outside_sq.sqrt() * torch.linalg.vector_norm(inside, dim=-1),
@@ -272,7 +285,7 @@ class SharedBasis:
         if self.tail == "diagonal":
             state["tail_sq"].mul_(decay).addcmul_(residual, residual, value=weight)
 
-    def _iterate(self, columns: Tensor, moments: _Moments) -> Tensor:
+    def _iterate(self, columns: Tensor, moments: Moments) -> Tensor:
         """Subspace iteration on A = sum_i M_i M_i^T from the previous (or a fresh random) basis."""
         rank = moments.basis.shape[-1]
         if not self.warm_start:
@@ -283,9 +296,9 @@ class SharedBasis:
                 dtype=columns.dtype,
                 device=columns.device,
             ).expand_as(columns)
-        trace = moments.trace()
-        shift = trace * (1e-8 if columns.dtype == torch.float64 else 1e-6)
-        keep = (trace == 0)[:, None, None]
+        total = moments.trace()
+        shift = total * (1e-8 if columns.dtype == torch.float64 else 1e-6)
+        keep = (total == 0)[:, None, None]
         for _ in range(self.num_iters):
             product = moments.times(columns)
             columns = torch.where(
@@ -314,196 +327,6 @@ class SharedBasis:
         weights = (values + tail.unsqueeze(-1)).rsqrt() - tail_root.unsqueeze(-1)
         root = (vectors * weights.unsqueeze(-2)) @ vectors.mT
         return {"root": self._store(root), "root_tail": tail_root}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Moments:
-    """The implicit matrices M_i = a Q R_i Q^T + c g_i g_i^T and A = sum_i M_i M_i^T.
-
-    All second moments are in units of ``scale``; the gradients are divided by its root only after
-    they have been multiplied with something thin.
-    """
-
-    basis: Tensor  # Q             [G, B, K]
-    coef: Tensor  # R_i            [G, M, K, K]
-    g: Tensor  # g_i, raw          [G, M, B]
-    scale: Tensor  #               [G, 1, 1]
-    x: Tensor  # Q^T g_i           [G, M, K]
-    z: Tensor  # R_i Q^T g_i       [G, M, K]
-    norm_sq: Tensor  # |g_i|^2     [G, M]
-    coef_sq: Tensor  # sum_i R_i^2 [G, K, K]
-    decay: float
-    weight: float
-    ctx: StepContext
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        basis: Tensor,
-        coef: Tensor,
-        g: Tensor,
-        scale: Tensor,
-        norm_sq: Tensor,
-        decay: float,
-        weight: float,
-        ctx: StepContext,
-    ) -> _Moments:
-        x = g @ basis / scale.sqrt()
-        flat = coef.flatten(1, 2)
-        return cls(
-            basis=basis,
-            coef=coef,
-            g=g,
-            scale=scale,
-            x=x,
-            z=_matvec(coef, x),
-            norm_sq=norm_sq,
-            coef_sq=ctx.sum_over_blocks(flat.mT @ flat),
-            decay=decay,
-            weight=weight,
-            ctx=ctx,
-        )
-
-    def trace(self) -> Tensor:
-        """tr(A) = sum_i ||M_i||_F^2, ``[G]``."""
-        from_gradient = 2 * self.decay * self.weight * (self.x * self.z).sum(
-            (-2, -1)
-        ) + self.weight**2 * self.norm_sq.square().sum(-1)
-        return self.decay**2 * _trace(self.coef_sq) + self.ctx.sum_over_blocks(from_gradient)
-
-    def times(self, y_GBL: Tensor) -> Tensor:
-        """A @ y for thin y ``[G, B, L]``, in 4 m b L flops."""
-        a, c = self.decay, self.weight
-        inner = self.basis.mT @ y_GBL
-        gy = self.project(y_GBL)
-        small = a**2 * (self.coef_sq @ inner) + a * c * self.ctx.sum_over_blocks(self.z.mT @ gy)
-        mixed = a * c * (self.z @ inner) + c**2 * (self.norm_sq.unsqueeze(-1) * gy)
-        lifted = self.g.mT @ mixed / self.scale.sqrt()
-        return self.basis @ small + self.ctx.sum_over_blocks(lifted)
-
-    def project(self, y_GBL: Tensor) -> Tensor:
-        """y^T g_i ``[G, M, L]`` in units of the root of ``scale``."""
-        return self.g @ y_GBL / self.scale.sqrt()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _BasisTurn:
-    """The moments seen from the new basis Q_t: C = Q_t^T Q_{t-1}, y_i = Q_t^T g_i, C R_i."""
-
-    moments: _Moments
-    basis: Tensor  # Q_t      [G, B, K]
-    overlap: Tensor  # C      [G, K, K]
-    y: Tensor  # y_i          [G, M, K]
-    residual: Tensor  # g_i - Q_t Q_t^T g_i, raw  [G, M, B]
-    left: Tensor  # C R_i     [G, M, K, K]
-
-    @classmethod
-    def of(cls, moments: _Moments, basis: Tensor) -> _BasisTurn:
-        overlap = basis.mT @ moments.basis
-        left = _right_multiply(moments.coef, overlap.mT).mT  # (R_i C^T)^T, R_i symmetric
-        inside = moments.g @ basis
-        return cls(
-            moments=moments,
-            basis=basis,
-            overlap=overlap,
-            y=inside / moments.scale.sqrt(),
-            residual=torch.baddbmm(moments.g, inside, basis.mT, alpha=-1),
-            left=left,
-        )
-
-    def coef(self) -> Tensor:
-        """Q_t^T M_i Q_t = a C R_i C^T + c y_i y_i^T, ``[G, M, K, K]``."""
-        out = _right_multiply(self.left, self.overlap.mT).mul_(self.moments.decay)
-        return out.addcmul_(self.y.unsqueeze(-1), self.y.unsqueeze(-2), value=self.moments.weight)
-
-    def carry_over(self, root: Tensor) -> Tensor:
-        """C root_i C^T: a root of the previous basis in the new one."""
-        return _right_multiply(_right_multiply(root, self.overlap.mT).mT, self.overlap.mT)
-
-    def block_norm(self, lowest: Tensor) -> Tensor:
-        """``[G, M]``: bound of ||M_i - Q_t R_i Q_t^T||_2 from the norms of its four blocks."""
-        a, c, coef = self.moments.decay, self.moments.weight, self.moments.coef
-        escaped = self.moments.basis - self.basis @ self.overlap
-        # Orthogonalised twice: after the first pass what is left is mostly rounding of what was
-        # removed.
-        escaped = escaped - self.basis @ (self.basis.mT @ escaped)
-        gram = escaped.mT @ escaped
-        e = self.moments.project(
-            escaped
-        )  # the product itself: a difference of projections would cancel
-        residual_sq = _row_squares(self.residual) / self.moments.scale.squeeze(-1)
-        off_sq = (
-            a**2 * (_right_multiply(self.left, gram) * self.left).sum((-2, -1))
-            + 2 * a * c * (_matvec(self.left, e) * self.y).sum(-1)
-            + c**2 * residual_sq * self.y.square().sum(-1)
-        )
-        coef_gram = _right_multiply(coef, gram)
-        rest_sq = (
-            a**2 * (coef_gram * coef_gram.mT).sum((-2, -1))
-            + 2 * a * c * (_matvec(coef, e) * e).sum(-1)
-            + c**2 * residual_sq.square()
-        )
-        return _block_norm(lowest, rest_sq.clamp(min=0).sqrt(), off_sq.clamp(min=0).sqrt())
-
-    def mean_residual(self) -> Tensor:
-        """``[G, M]``: mean eigenvalue of M_i outside Q_t, tr((I - QQ^T) M_i) / (b - k)."""
-        a, c, coef = self.moments.decay, self.moments.weight, self.moments.coef
-        escaped = self._escaped()
-        gram = escaped.mT @ escaped
-        residual_sq = _row_squares(self.residual) / self.moments.scale.squeeze(-1)
-        outside = a * (coef * gram.unsqueeze(1)).sum((-2, -1)) + c * residual_sq
-        return outside.clamp_(min=0) / max(1, self.basis.shape[-2] - self.basis.shape[-1])
-
-    def _escaped(self) -> Tensor:
-        """E = (I - Q_t Q_t^T) Q_{t-1}, ``[G, B, K]``."""
-        escaped = self.moments.basis - self.basis @ self.overlap
-        # Orthogonalised twice: what the first pass leaves is mostly rounding of what it removed.
-        return escaped - self.basis @ (self.basis.mT @ escaped)
-
-    def exact_norm(self, coef: Tensor, lowest: Tensor) -> Tensor:
-        """``[G, M]``: the same norm in the span of (Q_t, Q_{t-1}, g_i), 2k + 1 dimensions; slow."""
-        groups, blocks, size = self.moments.g.shape
-        previous = self.moments.basis.unsqueeze(1).expand(groups, blocks, size, -1)
-        current = self.basis.unsqueeze(1).expand(groups, blocks, size, -1)
-        gradient = (self.moments.g / self.moments.scale.sqrt()).unsqueeze(-1)
-        span = orthonormal(torch.cat([current, previous, gradient], -1))
-        old, now = span.mT @ previous, span.mT @ current
-        g = (span.mT @ gradient).squeeze(-1)
-        kept = coef - torch.diag_embed(lowest.unsqueeze(-1).expand(coef.shape[:-1]))
-        difference = self.moments.decay * (old @ self.moments.coef @ old.mT) - now @ kept @ now.mT
-        difference.addcmul_(g.unsqueeze(-1), g.unsqueeze(-2), value=self.moments.weight)
-        return eigvalsh((difference + difference.mT) / 2).abs().amax(-1)
-
-
-def _block_norm(inside: Tensor, rest: Tensor, off: Tensor) -> Tensor:
-    """Norm of the matrix of block norms [[inside, off], [off, rest]], a bound from above."""
-    return (inside + rest) / 2 + torch.hypot((inside - rest) / 2, off)
-
-
-def _right_multiply(a_GMKK: Tensor, b_GKK: Tensor) -> Tensor:
-    """a_i @ b for all blocks of a group as one matrix product."""
-    return (a_GMKK.flatten(1, 2) @ b_GKK).view(a_GMKK.shape)
-
-
-def _matvec(a_GMKK: Tensor, x_GMK: Tensor) -> Tensor:
-    """a_i @ x_i for symmetric or general a, ``[G, M, K]``."""
-    return (a_GMKK @ x_GMK.unsqueeze(-1)).squeeze(-1)
-
-
-def _row_squares(x_GMB: Tensor) -> Tensor:
-    """|x_i|^2, ``[G, M]``, in one pass."""
-    return torch.linalg.vector_norm(x_GMB, dim=-1).square_()
-
-
-def _trace(a_KK: Tensor) -> Tensor:
-    """Trace over the last two dimensions."""
-    return a_KK.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    """x with zeros replaced by one."""
-    return torch.where(x > 0, x, torch.ones_like(x))
 
 
 _PAPER = "Yen et al., Block Low-Rank Preconditioner with Shared Basis, NeurIPS 2023"

@@ -30,11 +30,19 @@ def fail_for_first_slot(monkeypatch: pytest.MonkeyPatch, first_failing_step: int
     monkeypatch.setattr(shared_basis, "eigh", failing)
 
 
-def test_the_previous_factor_is_kept_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "intervals",
+    [
+        {"update_interval": 1, "root_interval": 1},
+        {"update_interval": 4, "coef_interval": 1, "root_interval": 1},
+    ],
+    ids=["with the basis", "with the coefficients"],
+)
+def test_the_previous_factor_is_kept_and_others_go_on(
+    intervals: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fresh() -> object:
-        return build(
-            NAME, [parameter(5, 6, seed=i) for i in range(2)], update_interval=1, root_interval=1
-        )
+        return build(NAME, [parameter(5, 6, seed=i) for i in range(2)], **intervals)
 
     healthy, faulty = fresh(), fresh()
     run(healthy, range(1, 6))
