@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -26,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hf_precond import PreconditionedOptimizer, resolve
+from hf_precond import PreconditionedOptimizer
 from hf_precond.linalg.eigen import eigh
 from hf_precond.preconditioners.shared_basis import SharedBasis
-from hf_precond.registry import param_groups
+from trainer_ext.arguments import parse_optim_args
+from trainer_ext.build import build_optimizer
 from trainer_ext.data.presets import PRESETS, preset_config
-from trainer_ext.layers import view_rules
+from trainer_ext.provenance import hardware, package_versions
 
 BASELINE = "adamw_fused"
 
@@ -87,8 +87,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--optims", nargs="+", default=["shared_basis_adagrad"])
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 10])
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--attention_grouping", choices=("head", "kernel"), default="head")
+    parser.add_argument("--optim_args", default="", help="options of all of them, rank=32,...")
     parser.add_argument("--cycle", type=int, default=10, help="steps per contender and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -108,20 +107,10 @@ def build_contenders(args: argparse.Namespace, device: torch.device) -> list[Con
     for name in args.optims:
         for interval in args.intervals:
             model = new_model(args, device)
-            recipe = resolve(
-                name,
-                {
-                    "rank": args.rank,
-                    "update_interval": interval,
-                    "attention_grouping": args.attention_grouping,
-                },
+            options = parse_optim_args(name, args.optim_args).options
+            optimizer = build_optimizer(
+                model, name, lr=1e-4, **{**options, "update_interval": interval}
             )
-            rules = view_rules(
-                model,
-                attention_grouping=args.attention_grouping,
-                min_head_dim=recipe.min_block_size,
-            )
-            optimizer = PreconditionedOptimizer(param_groups(model, rules=rules), recipe, lr=1e-4)
             label = f"{name} interval {interval}"
             contenders.append(Contender(name=label, model=model, optimizer=optimizer))
     return contenders
@@ -173,27 +162,30 @@ def floor(
 ) -> Floor:
     """Operations and bytes no implementation of one mean step can go below, over measured rates.
 
-    Per weight block stack ``[G, M, B]`` of rank k: 4 m b k operations a step and, every interval, 8
-    m b k (12 with the block bound of the escaped mass) for a basis update. Bytes: the gradient
-    read, weight, momentum and graft read and written, the roots read, the coefficients read and
-    written when due.
+    Per weight of a stack with rank k: 4 k operations a step (6 with a diagonal tail) and, every
+    ``update_interval``, 8 k (12 with the block bound of the escaped mass) for a basis update.
+    Bytes: the gradient read; weight, momentum and graft read and written; roots and tail read at every
+    step, and with the coefficients read and written at every basis update.
     """
     algorithm = optimizer.recipe.algorithm
     assert isinstance(algorithm, SharedBasis), "the floor is that of the shared-basis methods"
     interval = algorithm.update_interval
-    flops = moved = eigh_s = 0.0
+    root_interval = algorithm.root_interval or algorithm.coef_interval or interval
+    has_tail = algorithm.tail == "diagonal"
+    per_step = 6 if has_tail else 4
+    per_update = 12 if algorithm.escaped_norm == "block" else 8
+    flops = numbers = eigh_s = 0.0
     for groups, blocks, size in main_stacks(optimizer):
         weights = groups * blocks * size
         rank = algorithm.effective_rank(size)
-        flops += weights * rank * (4 + 12 / interval)
-        root_numbers = groups * blocks * rank**2
-        moved += 4 * (weights * (1 + 2 + 2 + 2) + root_numbers * (1 + 3 / interval))
-        eigh_s += time_eigh(groups * blocks, rank, device) / interval
-    fallback = sum(row.num_params for row in optimizer.plan() if row.algorithm == "adam")
-    moved += 4 * fallback * (1 + 2 + 2 + 2)
+        small = groups * blocks * rank**2
+        flops += weights * rank * (per_step + per_update / interval)
+        numbers += weights * (7 + has_tail * (1 + 2 / interval)) + small * (1 + 4 / interval)
+        eigh_s += time_eigh(groups * blocks, rank, device) / root_interval
+    numbers += 7 * sum(row.num_params for row in optimizer.plan() if row.algorithm == "adam")
     return Floor(
         products_ms=1e3 * flops / rates["flops"],
-        bytes_ms=1e3 * moved / rates["bytes"],
+        bytes_ms=1e3 * 4 * numbers / rates["bytes"],
         eigh_ms=1e3 * eigh_s,
     )
 
@@ -216,12 +208,12 @@ def time_eigh(count: int, rank: int, device: torch.device) -> float:
 
 def measured_rates(device: torch.device) -> dict[str, float]:
     """Rate of the thin matrix products used here (FLOP/s) and memory bandwidth (bytes/s)."""
-    tall, thin = torch.randn(4096, 1024, device=device), torch.randn(1024, 32, device=device)
+    tall, thin = torch.randn(4096, 1024, device=device), torch.randn(1024, 16, device=device)
     source = torch.randn(64 * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     product_s = best_time(lambda: tall @ thin, device, repeats=10)
     copy_s = best_time(lambda: target.copy_(source), device, repeats=10)
-    return {"flops": 2 * 4096 * 1024 * 32 / product_s, "bytes": 2 * 64 * 2**20 / copy_s}
+    return {"flops": 2 * 4096 * 1024 * 16 / product_s, "bytes": 2 * 64 * 2**20 / copy_s}
 
 
 def best_time(function: Callable[[], Any], device: torch.device, *, repeats: int) -> float:
@@ -267,29 +259,19 @@ def report(
         "forward_backward_ms": 1e3 * compute,
         "measured_rates": rates,
         "rows": rows,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "hardware": hardware(device),
+        "packages": package_versions(),
+        "hardware": hardware(),
         "threads": torch.get_num_threads(),
     }
 
 
-def shown(args: argparse.Namespace) -> dict[str, str]:
-    """The options that matter for repeating the run."""
-    values = {key: value for key, value in vars(args).items() if key != "output"}
-    return {
-        key: " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for key, value in values.items()
-    }
-
-
-def hardware(device: torch.device) -> str:
-    """The name of the processor that ran the steps."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def shown(args: argparse.Namespace) -> list[str]:
+    """The options that repeat the run."""
+    parts = []
+    for key, value in vars(args).items():
+        if value and key != "output":
+            parts += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return parts
 
 
 def format_report(result: dict[str, Any]) -> str:

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -32,11 +29,11 @@ from typing import Any
 import yaml
 
 from trainer_ext.config_file import check_keys, read_yaml_mapping, to_arguments
+from trainer_ext.provenance import git_revision, hardware, package_versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN_SCRIPT = "scripts/train_lm.py"
 SECTIONS = ("base", "grid", "variants")
-RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any] | None:
         "seed": run.options.get("seed", 42),
         "options": dict(run.options),
         "command": [TRAIN_SCRIPT, *arguments],
-        "git_revision": git_revision(),
+        "git_revision": git_revision(REPOSITORY),
         "packages": package_versions(),
         "hardware": hardware(),
         "wall_time_s": round(wall_time_s, 1),
@@ -250,31 +247,6 @@ def curve(history: Iterable[Mapping[str, Any]], name: str) -> list[list[float]]:
 def json_numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """The metrics with None for values that JSON cannot hold, as of a diverged run."""
     return {key: _json_number(value) for key, value in metrics.items()}
-
-
-def git_revision() -> str:
-    """The commit, marked `-dirty` where tracked files differ from it; `unknown` without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
-    return {"python": platform.python_version(), **versions}
-
-
-def hardware() -> dict[str, Any]:
-    """Processor model, visible cores and the thread limit of the numeric libraries."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-    }
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -288,6 +288,8 @@ class SharedBasis:
     def _iterate(self, columns: Tensor, moments: Moments) -> Tensor:
         """Subspace iteration on A = sum_i M_i M_i^T from the previous (or a fresh random) basis."""
         rank = moments.basis.shape[-1]
+        # From the previous basis itself the first product with the gradients is there already.
+        projected = moments.x if self.warm_start and columns.shape[-1] == rank else None
         if not self.warm_start:
             # The seed of the step is mixed in so that every update draws anew.
             columns = random_basis(
@@ -300,10 +302,8 @@ class SharedBasis:
         shift = total * (1e-8 if columns.dtype == torch.float64 else 1e-6)
         keep = (total == 0)[:, None, None]
         for _ in range(self.num_iters):
-            product = moments.times(columns)
-            columns = torch.where(
-                keep, columns, orthonormal(product + shift[:, None, None] * columns)
-            )
+            product = moments.times(columns, projected).add_(shift[:, None, None] * columns)
+            columns, projected = torch.where(keep, columns, orthonormal(product)), None
         if columns.shape[-1] > rank:
             columns = torch.where(keep, columns, top_ritz_basis(columns, moments.times(columns)))
         return columns

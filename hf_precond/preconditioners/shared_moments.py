@@ -73,11 +73,11 @@ class Moments:
         ) + self.weight**2 * self.norm_sq.square().sum(-1)
         return self.decay**2 * trace(self.coef_sq) + self.ctx.sum_over_blocks(from_gradient)
 
-    def times(self, y_GBL: Tensor) -> Tensor:
-        """A @ y for thin y ``[G, B, L]``, in 4 m b L flops."""
+    def times(self, y_GBL: Tensor, gy: Tensor | None = None) -> Tensor:
+        """A @ y for thin y ``[G, B, L]``, in 4 m b L flops; half where ``project(y)`` is given."""
         a, c = self.decay, self.weight
         inner = self.basis.mT @ y_GBL
-        gy = self.project(y_GBL)
+        gy = self.project(y_GBL) if gy is None else gy
         small = a**2 * (self.coef_sq @ inner) + a * c * self.ctx.sum_over_blocks(self.z.mT @ gy)
         mixed = a * c * (self.z @ inner) + c**2 * (self.norm_sq.unsqueeze(-1) * gy)
         lifted = self.g.mT @ mixed / self.scale.sqrt()

@@ -49,3 +49,9 @@ def sweep() -> ModuleType:
 def plot_results() -> ModuleType:
     """scripts/plot_results.py"""
     return load_script("plot_results")
+
+
+@pytest.fixture(scope="session")
+def bench() -> ModuleType:
+    """scripts/bench_step.py"""
+    return load_script("bench_step")

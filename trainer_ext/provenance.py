@@ -1,0 +1,42 @@
+"""What a figure needs to be repeated: revision, versions, hardware."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def git_revision(folder: Path) -> str:
+    """The commit, marked `-dirty` where tracked files differ from it; `unknown` without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), **versions}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor models, visible cores and the thread limit of the numeric libraries."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found = {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
