@@ -31,7 +31,7 @@ from hf_precond.preconditioners.shared_basis import SharedBasis
 from trainer_ext.arguments import parse_optim_args
 from trainer_ext.build import build_optimizer
 from trainer_ext.data.presets import PRESETS, preset_config
-from trainer_ext.provenance import hardware, package_versions
+from trainer_ext.provenance import git_revision, hardware, package_versions
 
 BASELINE = "adamw_fused"
 
@@ -164,8 +164,8 @@ def floor(
 
     Per weight of a stack with rank k: 4 k operations a step (6 with a diagonal tail) and, every
     ``update_interval``, 8 k (12 with the block bound of the escaped mass) for a basis update.
-    Bytes: the gradient read; weight, momentum and graft read and written; roots and tail read at every
-    step, and with the coefficients read and written at every basis update.
+    Bytes: the gradient read; weight, momentum and graft read and written; roots and tail read at
+    every step, and with the coefficients read and written at every basis update.
     """
     algorithm = optimizer.recipe.algorithm
     assert isinstance(algorithm, SharedBasis), "the floor is that of the shared-basis methods"
@@ -253,8 +253,8 @@ def report(
             row["state_bytes"] = sum(plan.state_bytes for plan in contender.optimizer.plan())
         rows.append(row)
     return {
-        "command": "scripts/bench_step.py "
-        + " ".join(f"--{k} {v}" for k, v in shown(args).items()),
+        "command": "scripts/bench_step.py " + " ".join(shown(args)),
+        "git_revision": git_revision(Path(__file__).parent),
         "tokens_per_step": args.batch_size * args.block_size,
         "forward_backward_ms": 1e3 * compute,
         "measured_rates": rates,
