@@ -163,7 +163,11 @@ def test_strict_resume_raises(case: str, folder: Path, tmp_path: Path) -> None:
     (folder / "optimizer.safetensors").unlink()
     prepare(folder)
     with pytest.raises(ResumeError, match=message):
-        resume(folder, tmp_path, optim_args="rank=4,update_interval=2,strict_resume=true")
+        resume(
+            folder,
+            tmp_path,
+            optim_args="rank=4,update_interval=2,root_interval=2,start_step=2,strict_resume=true",
+        )
 
 
 def test_state_of_another_rank_warns(

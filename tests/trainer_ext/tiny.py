@@ -32,7 +32,7 @@ def arguments(folder: Path, kind: type = TrainingArguments, **changes: Any) -> A
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "optim": NAME,
-        "optim_args": "rank=4,update_interval=2",
+        "optim_args": "rank=4,update_interval=2,root_interval=2,start_step=2",
         "max_steps": 6,
         "save_steps": 3,
         "logging_steps": 2,
