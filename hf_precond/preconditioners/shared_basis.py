@@ -24,9 +24,8 @@ Deviations from the paper:
   iteration of the paper approaches the norm from below, which breaks the bound its Lemma 2 needs;
 - ``escaped_norm="mean"`` adds the mean eigenvalue outside the basis instead, the isotropic tail
   that is closest to M_i. The bound adds what each turn of the basis moves over its edge, about the
-  largest eigenvalue times the sine of the angle, at every update; in language models it soon
-  outweighs most of R_i, and the direction becomes the gradient again. With the mean Lemma 2 does
-  not hold;
+  largest eigenvalue times the sine of the angle, at every update, and soon outweighs R_i. With the
+  mean Lemma 2 does not hold;
 - ``tail="diagonal"`` scales what is outside the basis per weight, (T_i + eps)^(-1/2) with T_i the
   second moments of g_i - Q Q^T g_i (state ``tail_sq`` [G, M, B]), as Adam would, instead of
   c_i^(-1/2);
