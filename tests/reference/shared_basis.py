@@ -12,9 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isqrt
 
 import torch
 from torch import Tensor
+
+from hf_precond.linalg.subspace import random_basis
+from tests.reference.row import Options, ReferenceRow
 
 SHIFT = 1e-8  # delta of the power iteration in float64
 DrawStart = Callable[[int], Tensor]
@@ -164,3 +168,97 @@ def _due(step: int, interval: int | None) -> bool:
 def _clamp_eigenvalues(matrix: Tensor) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * eigenvalues.clamp(min=0)) @ vectors.T
+
+
+def _build(options: Options, shape: tuple[int, int], *, ema: bool) -> SharedBasisReference:
+    size = shape[1]
+    cap = isqrt(int(options["max_rank_ratio"] * size))  # m k^2 <= ratio * m b
+    rank = max(1, min(options["rank"], size, cap))
+    width = min(rank + options["oversample"], size)
+
+    def draw_start(step: int) -> Tensor:
+        seed = options["seed"] + 1_000_003 * step
+        return random_basis(size, width, seed=seed, dtype=torch.float64, device=torch.device("cpu"))
+
+    same = (
+        "num_iters",
+        "warm_start",
+        "deflate",
+        "escaped_norm",
+        "tail",
+        "update_interval",
+        "coef_interval",
+        "root_interval",
+        "eps",
+    )
+    return SharedBasisReference(
+        rank=rank,
+        draw_start=draw_start,
+        beta2=options["betas"][1] if ema else None,
+        **{key: options[key] for key in same},
+    )
+
+
+_PAPER: Options = {
+    "escaped_norm": "block",
+    "deflate": True,
+    "tail": "isotropic",
+    "root_interval": None,
+    "eps": 1e-8,
+    "graft": "rmsprop_normalized",
+    "momentum_site": "direction",
+    "start_step": 1,
+}
+_SETS: dict[str, Options] = {
+    "paper": {},
+    "registered_defaults": {
+        "escaped_norm": "mean",
+        "deflate": False,
+        "tail": "diagonal",
+        "root_interval": 10,
+        "graft": "adam",
+        "momentum_site": "gradient",
+        "start_step": 11,
+    },
+    "three_iterations": {"num_iters": 3},
+    "oversampled": {"oversample": 2},
+    "cold_start": {"warm_start": False},
+    "no_deflation": {"deflate": False},
+    "exact_norm": {"escaped_norm": "exact"},
+    "mean_outside": {"escaped_norm": "mean", "deflate": False},
+    "diagonal_tail": {"tail": "diagonal"},
+    "diagonal_tail_intervals": {
+        "tail": "diagonal",
+        "escaped_norm": "mean",
+        "deflate": False,
+        "update_interval": 4,
+        "coef_interval": 1,
+        "root_interval": 2,
+    },
+    "mean_outside_intervals": {"escaped_norm": "mean", "update_interval": 3, "coef_interval": 1},
+    "packed": {"packed": True},
+    "rank_one": {"rank": 1},
+    "full_rank": {"rank": 64, "max_rank_ratio": 64.0},
+    "capped_rank": {"rank": 64, "max_rank_ratio": 0.5},
+    "large_eps": {"eps": 0.1},
+    "another_seed": {"seed": 5},
+    "every_third": {"update_interval": 3},
+    "coefficients_every_step": {"update_interval": 4, "coef_interval": 1},
+    "coefficients_every_second": {"update_interval": 6, "coef_interval": 2, "deflate": False},
+    "late_roots": {"root_interval": 4},
+    "late_roots_packed": {"root_interval": 3, "update_interval": 2, "packed": True},
+    "all_intervals": {"update_interval": 5, "coef_interval": 2, "root_interval": 3},
+}
+
+ROWS: dict[str, ReferenceRow] = {
+    "shared_basis_adagrad": ReferenceRow(
+        build=lambda options, shape: _build(options, shape, ema=False),
+        paper=_PAPER,
+        option_sets=_SETS,
+    ),
+    "shared_basis_adam": ReferenceRow(
+        build=lambda options, shape: _build(options, shape, ema=True),
+        paper=_PAPER,
+        option_sets=_SETS,
+    ),
+}
