@@ -14,18 +14,50 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from hf_precond.optim.optimizer import PreconditionedOptimizer
-from hf_precond.optim.options import FallbackOptions, GroupingOptions, NumericsOptions, Recipe
+from hf_precond.optim.options import (
+    FallbackOptions,
+    GroupingOptions,
+    NumericsOptions,
+    Recipe,
+    ScheduleOptions,
+)
 from hf_precond.optim.stages import StageOptions
-from hf_precond.preconditioners import shared_basis
+from hf_precond.preconditioners import (
+    adadiag,
+    adafacdiag,
+    block_adam,
+    frequent_directions,
+    full_matrix,
+    muon,
+    ng_plus,
+    shampoo,
+    shared_basis,
+    sketchy,
+    soap,
+)
 from hf_precond.preconditioners.base import OptimizerInfo, allowed_values, field_default, option
+from hf_precond.preconditioners.schedule import Schedule
 from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
 
-_MODULES = (shared_basis,)
+_MODULES = (
+    shared_basis,
+    shampoo,
+    sketchy,
+    block_adam,
+    full_matrix,
+    frequent_directions,
+    adadiag,
+    adafacdiag,
+    ng_plus,
+    soap,
+    muon,
+)
 _INFOS: dict[str, OptimizerInfo] = {info.name: info for module in _MODULES for info in module.INFOS}
 _SECTIONS: dict[str, type] = {
     "stages": StageOptions,
     "grouping": GroupingOptions,
     "fallback": FallbackOptions,
+    "schedules": ScheduleOptions,
     "numerics": NumericsOptions,
 }
 # The two decays are one public option, as in torch and transformers.
@@ -40,10 +72,11 @@ class OptionSpec:
     """One public option of an optimizer, for parsers, help texts and error messages.
 
     Attributes:
-        type: ``int``, ``float``, ``bool``, ``str`` or ``tuple`` (a pair of floats).
+        type: ``int``, ``float``, ``bool``, ``str``, ``tuple`` (of floats) or :class:`Schedule`.
         optional: whether ``None`` is a value of it.
         allowed: the allowed values in words, empty where the type says it all.
-        section: ``algorithm``, ``stages``, ``grouping``, ``fallback`` or ``numerics``.
+        section: ``algorithm``, ``stages``, ``grouping``, ``fallback``, ``schedules`` or
+            ``numerics``.
     """
 
     name: str
@@ -210,8 +243,8 @@ def _plain_type(hint: Any) -> tuple[type, bool]:
     """Splits ``int | None`` into (int, True)."""
     if get_origin(hint) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-        return kinds[0], len(kinds) < len(get_args(hint))
-    return hint, False
+        return _plain_type(kinds[0])[0], len(kinds) < len(get_args(hint))
+    return get_origin(hint) or hint, False
 
 
 def _checked_type(spec: OptionSpec, value: Any) -> Any:
@@ -222,6 +255,11 @@ def _checked_type(spec: OptionSpec, value: Any) -> Any:
         return float(value)
     if spec.type is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
+    if spec.type is Schedule:
+        try:
+            return Schedule.parse(value)
+        except ValueError as error:
+            raise ValueError(f"{spec.name} = {value!r} is not allowed: {error}") from error
     if type(value) is spec.type:
         return value
     words = {
@@ -229,7 +267,7 @@ def _checked_type(spec: OptionSpec, value: Any) -> Any:
         float: "a number",
         bool: "true or false",
         str: "a word",
-        tuple: "a pair",
+        tuple: "a list of numbers",
     }
     none = " or none" if spec.optional else ""
     allowed = f" ({spec.allowed})" if spec.allowed else ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from hf_precond.preconditioners.schedule import FORMS, Schedule
 from hf_precond.registry import OptionSpec, option_specs
 from trainer_ext.config_file import read_yaml_mapping
 
@@ -194,4 +195,5 @@ _CONVERTERS: Mapping[type, tuple[Callable[[str], Any], str]] = {
     bool: (_to_bool, "true or false"),
     str: (str, ""),
     tuple: (_to_tuple, "numbers separated by slashes, as 0.9/0.95,"),
+    Schedule: (Schedule.parse, f"{FORMS},"),
 }

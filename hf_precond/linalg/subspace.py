@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A unit vector with less than this outside a span lies in it.
+_NEW_DIRECTION = 1e-6
+
 
 def orthonormal(y_BK: Tensor) -> Tensor:
     """Returns an orthonormal basis of the range of ``y`` ``[..., B, K]``, K <= B, by QR."""
@@ -33,3 +36,71 @@ def top_ritz_basis(y_BL: Tensor, ay_BL: Tensor) -> Tensor:
     projected = y_BL.mT @ ay_BL
     _, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
     return y_BL @ vectors.flip(-1)
+
+
+def positive_qr(x_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (Q, diagonal of R), the diagonal not negative: columns keep their direction."""
+    factors = torch.linalg.qr(x_NK)
+    diagonal = factors.R.diagonal(dim1=-2, dim2=-1)
+    return torch.where((diagonal < 0).unsqueeze(-2), -factors.Q, factors.Q), diagonal.abs()
+
+
+def complete_basis(columns: Tensor, keep: Tensor, previous: Tensor) -> Tensor:
+    """Completes columns to an orthonormal basis from a previous one, the same way every time.
+
+    LAPACK's choice of vectors for a null space is arbitrary. Here they are the previous basis'
+    columns, from the index of the first one missing on and then from the beginning, each projected
+    off what is there already. A column that lies in that span leaves its place to the next one: a
+    dead neuron would otherwise leave the choice to rounding. (One host sync where it happens.)
+
+    Args:
+        columns: ``[G, N, K]``, orthonormal where kept; the kept ones come first.
+        keep: ``[G, K]``.
+        previous: orthonormal ``[G, N, N]``.
+    """
+    count = columns.shape[-1]
+    known = torch.where(keep.unsqueeze(-2), columns, previous[..., :count])
+    basis, lengths = positive_qr(torch.cat([known, previous[..., count:]], -1))
+    for index in (lengths <= _NEW_DIRECTION).any(-1).nonzero().flatten().tolist():
+        kept = columns[index][:, keep[index]]
+        basis[index] = _complete_one(kept, previous[index])
+    return basis
+
+
+def _complete_one(columns: Tensor, previous: Tensor) -> Tensor:
+    """:func:`complete_basis` of one matrix, column by column."""
+    size, count = columns.shape
+    basis = torch.zeros_like(previous)
+    basis[:, :count] = positive_qr(columns)[0]
+    for candidate in [*range(count, size), *range(count)]:
+        if count == size:
+            break
+        rest = previous[:, candidate]
+        for _ in range(2):  # one pass would leave rounding of what it took off
+            rest = rest - basis[:, :count] @ (basis[:, :count].T @ rest)
+        length = rest.norm()
+        if length > _NEW_DIRECTION:
+            basis[:, count] = rest / length
+            count += 1
+    return basis
+
+
+def fix_signs(columns: Tensor) -> Tensor:
+    """Returns the signs ``[..., 1, K]`` that make each column's largest entry positive."""
+    largest = columns.abs().argmax(-2, keepdim=True)
+    signs = columns.gather(-2, largest).sign()
+    return torch.where(signs == 0, torch.ones_like(signs), signs)
+
+
+def orthogonal_iteration(a_NN: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration on a symmetric matrix, from a previous basis.
+
+    The shift by a multiple of the trace changes no eigenvector; without it a matrix of low rank
+    would leave the rest of the basis to rounding. A zero matrix keeps the basis.
+    """
+    trace = a_NN.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    shift = trace * (1e-8 if a_NN.dtype == torch.float64 else 1e-6)
+    # In units of the trace, or products of tiny gradients would leave the range of float32.
+    unit = torch.where(trace > 0, trace, torch.ones_like(trace))
+    product = (a_NN / unit) @ basis + (shift / unit) * basis
+    return torch.where(trace > 0, positive_qr(product)[0], basis)

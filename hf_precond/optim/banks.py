@@ -17,9 +17,12 @@ class Bank:
     parameter and batched work see the same memory.
     """
 
-    def __init__(self, bucket: Bucket, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, bucket: Bucket, tensors: dict[str, Tensor], phases: Sequence[float] = ()
+    ) -> None:
         self.bucket = bucket
         self.tensors = tensors
+        self.phases = phases
         self._all = BankRows(self, bucket.slots, tensors, None)
 
     def slices(self) -> Iterator[tuple[Slot, str, Tensor]]:
@@ -46,13 +49,18 @@ class Bank:
 
 
 class BankRows:
-    """State of some slots of a bank, to be worked on in place and then committed."""
+    """State of some slots of a bank, to be worked on in place and then committed.
+
+    Attributes:
+        phases: when a staggered refresh of each group is due, see :class:`StepContext`.
+    """
 
     def __init__(
         self, bank: Bank, slots: Sequence[Slot], state: dict[str, Tensor], index: Tensor | None
     ) -> None:
         self.bank = bank
         self.state = state
+        self.phases = [phase for slot in slots for phase in bank.phases[slot.start : slot.stop]]
         self._slots = slots
         self._index = index
         self._owners: dict[str, Tensor] = {}
@@ -65,16 +73,9 @@ class BankRows:
             tensor.index_copy_(0, self._index, self.state[name])
 
     def owner(self, scope: str) -> Tensor:
-        """Number of the parameter, view or group that each group belongs to, ``[G]``."""
+        """Index of the parameter, view or group that each group belongs to, ``[G]``."""
         if scope not in self._owners:
-            sizes = [slot.stop - slot.start for slot in self._slots]
-            if scope == "group":
-                numbers = list(range(sum(sizes)))
-            else:
-                ids = [
-                    slot.param if scope == "parameter" else n for n, slot in enumerate(self._slots)
-                ]
-                numbers = [one for one, size in zip(ids, sizes, strict=True) for _ in range(size)]
+            numbers = [number for slot in self._slots for number in slot.owners(scope)]
             self._owners[scope] = torch.tensor(numbers, device=self.bank.bucket.key[1])
         return self._owners[scope]
 

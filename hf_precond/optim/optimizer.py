@@ -7,9 +7,11 @@ shape, over all layers and heads, go through each of these in one batched call.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,12 +27,17 @@ from hf_precond.optim.stages import (
     NO_STAGES,
     StageOptions,
 )
-from hf_precond.preconditioners.base import Preconditioner, State
+from hf_precond.preconditioners.base import Placement, Preconditioner, State, placement
+from hf_precond.preconditioners.diagonal import Identity
 from hf_precond.views.plan import Bucket, PlannedView, clusters, plan_buckets
+from hf_precond.views.tiles import tile
 from hf_precond.views.view import ParamView, check_cover, flat, rows
 
+logger = logging.getLogger(__name__)
+
 STATE_VERSION = 1
-_MAIN, _FALLBACK = "main", "fallback"
+_MAIN, _GRAFT, _FALLBACK = "main", "graft", "fallback"
+_NEVER = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +79,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             if not 0 <= float(value) < float("inf"):
                 raise ValueError(f"{name} = {value!r} is not allowed: it must be >= 0 and finite")
         self.recipe = recipe
+        self.steps_per_epoch = recipe.schedules.steps_per_epoch
         self._reset_caches()
         defaults = {
             "lr": lr,
@@ -155,7 +163,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             self._ensure_state()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "recipe": self.recipe}
+        own = {"recipe": self.recipe, "steps_per_epoch": self.steps_per_epoch}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -176,13 +185,20 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[PlanRow]:
         """Returns parameters and state bytes per algorithm, without allocating anything."""
-        names = {_MAIN: self.recipe.name, _FALLBACK: self.recipe.fallback.fallback}
+        names = {
+            _MAIN: self.recipe.name,
+            _GRAFT: f"graft step ({self.recipe.stages.graft})",
+            _FALLBACK: self.recipe.fallback.fallback,
+        }
         tensors: Counter[str] = Counter()
         params: Counter[str] = Counter()
         state_bytes: Counter[str] = Counter()
+        counted: dict[str, set[int]] = {}
         for bucket in self._plan_buckets():
             name = names[bucket.key[0]]
-            tensors[name] += len(bucket.params)
+            seen = counted.setdefault(name, set())
+            seen.update(bucket.params)
+            tensors[name] = len(seen)
             params[name] += sum(slot.view.numel for slot in bucket.slots)
             for meta in self._init_bucket(bucket, torch.device("meta")).values():
                 state_bytes[name] += meta.numel() * meta.element_size()
@@ -240,6 +256,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _algorithm(self, bucket: Bucket) -> tuple[Preconditioner, StageOptions]:
         if bucket.key[0] == _MAIN:
             return self.recipe.algorithm, self.recipe.stages
+        if bucket.key[0] == _GRAFT:
+            return Identity(), replace(self.recipe.stages, start_step=_NEVER)
         return self.recipe.fallback_algorithm, NO_STAGES
 
     def _init_bucket(self, bucket: Bucket, device: torch.device) -> State:
@@ -251,17 +269,49 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             **stages.init(bucket.shape, dtype=dtype, device=device),
         }
 
-    def _plan_buckets(self) -> list[Bucket]:
-        planned, index = [], 0
+    def _placed_views(self) -> Iterator[tuple[int, ParamView, Placement]]:
+        """Yields (parameter index, view, where it goes) of all views."""
+        index = 0
         for group in self.param_groups:
             for param, plain in zip(group["params"], group["views"], strict=True):
-                kind = _MAIN if plain else _FALLBACK
-                views = [ParamView.from_plain(view) for view in plain] or [flat(param.shape)]
-                planned += [
-                    PlannedView(param=index, view=view, key=(kind, param.device)) for view in views
-                ]
+                views = [ParamView.from_plain(view) for view in plain]
+                for view in views:
+                    yield index, view, placement(self.recipe.algorithm, view.shape)
+                if not views:
+                    yield index, flat(param.shape), Placement(role=_FALLBACK)
                 index += 1
+
+    def _plan_buckets(self) -> list[Bucket]:
+        params = [param for group in self.param_groups for param in group["params"]]
+        planned, first_group = [], 0
+        for number, (index, view, place) in enumerate(self._placed_views()):
+            planned += [
+                PlannedView(
+                    param=index,
+                    view=piece,
+                    number=number,
+                    first_group=first_group,
+                    key=(place.role, params[index].device),
+                )
+                for piece in (tile(view, *place.tile) if place.tile else (view,))
+            ]
+            first_group += view.shape[0]
         return plan_buckets(planned, max_elements=self.recipe.numerics.bucket_size)
+
+    def _log_displaced(self) -> None:
+        """Says which matrices the algorithm does not take, and why."""
+        displaced: dict[Placement, list[str]] = {}
+        names = self.param_names
+        for index, _, place in self._placed_views():
+            if place.reason:
+                displaced.setdefault(place, []).append(names[index])
+        for place, found in displaced.items():
+            what = self.recipe.fallback.fallback if place.role == _FALLBACK else "the graft step"
+            logger.warning(
+                "%s: %d matrices follow %s: %s (%s%s)",
+                *(self.recipe.name, len(found), what, place.reason),
+                *(", ".join(found[:3]), ", ..." if len(found) > 3 else ""),
+            )
 
     def _ensure_state(self) -> None:
         """Lays the banks out, taking over what ``state`` holds after a load or a copy."""
@@ -273,9 +323,18 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             number for number, group in enumerate(self.param_groups) for _ in group["params"]
         ]
         saved = [self.state.get(param, {}) for param in self._params]
+        if not any(saved):
+            self._log_displaced()
+        buckets = self._plan_buckets()
+        self._owners = {
+            "parameter": len(self._params),
+            "view": 1
+            + max((slot.number for bucket in buckets for slot in bucket.slots), default=0),
+            "group": sum(view.shape[0] for _, view, _ in self._placed_views()),
+        }
         banks: list[Bank] = []
-        for bucket in self._plan_buckets():
-            bank = Bank(bucket, self._init_bucket(bucket, bucket.key[1]))
+        for bucket, phases in zip(buckets, _phases(buckets), strict=True):
+            bank = Bank(bucket, self._init_bucket(bucket, bucket.key[1]), phases)
             bank.adopt(saved)
             banks.append(bank)
         self._steps = []
@@ -356,13 +415,18 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 gradients,
                 self._steps,
                 self.recipe.numerics.dtype,
+                self.steps_per_epoch,
             )
         ]
-        run(cohorts, num_params=len(self._params), faults=self._faults, health=self._health)
-        for index in {slot.param for cohort in cohorts for slot in cohort.slots}:
+        run(cohorts, owners=self._owners, faults=self._faults, health=self._health)
+        schedule = self.recipe.schedules.lr_schedule
+        scales = {
+            slot.param: cohort.ctx.value(schedule) for cohort in cohorts for slot in cohort.slots
+        }
+        for index, scale in scales.items():
             group = self.param_groups[self._group_of[index]]
             if group["weight_decay"] != 0:
-                self._params[index].mul_(1 - group["lr"] * group["weight_decay"])
+                self._params[index].mul_(1 - scale * group["lr"] * group["weight_decay"])
         for cohort in cohorts:
             fallback = cohort.stages is NO_STAGES
             ratio = self.recipe.fallback.fallback_lr_ratio if fallback else 1.0
@@ -371,8 +435,27 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 slot.view.add_from_blocks(
                     self._params[slot.param],
                     cohort.direction[groups],
-                    -lr * ratio * cohort.factor,
+                    -lr * scales[slot.param] * ratio * cohort.factor,
                 )
+
+
+def _phases(buckets: Sequence[Bucket]) -> list[tuple[float, ...]]:
+    """When each group of each bucket has its turn in a staggered refresh, as shares in [0, 1).
+
+    Groups take turns in order, each the share of the interval that its decomposition costs of all.
+    """
+    shapes = [bucket.shape for bucket in buckets]
+    costs = [
+        groups * [rows * size * min(rows, size) if bucket.key[0] == _MAIN else 0]
+        for bucket, (groups, rows, size) in zip(buckets, shapes, strict=True)
+    ]
+    total = sum(map(sum, costs)) or 1
+    done = [0, *accumulate(cost for of_bucket in costs for cost in of_bucket)]
+    ends = list(accumulate(map(len, costs)))
+    return [
+        tuple(start / total if start < total else 0.0 for start in done[end - len(of_bucket) : end])
+        for end, of_bucket in zip(ends, costs, strict=True)
+    ]
 
 
 def _group_names(group: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from hf_precond.optim.stages import StageOptions
 from hf_precond.preconditioners.base import Preconditioner, check_options, option
 from hf_precond.preconditioners.diagonal import Adam, Sgd
+from hf_precond.preconditioners.schedule import Schedule
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -34,6 +35,13 @@ class FallbackOptions:
 
     fallback: str = option("adam", "algorithm of the fallback parameters", choices=("adam", "sgd"))
     fallback_eps: float = option(1e-8, "Adam's eps in the fallback", low=0)
+    fallback_beta1: float | None = option(
+        None,
+        "Adam's first decay in the fallback (none: that of betas)",
+        low=0,
+        high=1,
+        high_open=True,
+    )
     fallback_momentum: float = option(
         0.9, "momentum of SGD in the fallback", low=0, high=1, high_open=True
     )
@@ -48,7 +56,25 @@ class FallbackOptions:
         """Returns the elementwise algorithm these options name."""
         if self.fallback == "sgd":
             return Sgd(momentum=self.fallback_momentum)
-        return Adam(beta1=beta1, beta2=beta2, eps=self.fallback_eps)
+        own = beta1 if self.fallback_beta1 is None else self.fallback_beta1
+        return Adam(beta1=own, beta2=beta2, eps=self.fallback_eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleOptions:
+    """What changes along a run."""
+
+    lr_schedule: Schedule = option(
+        Schedule.parse(1.0),
+        "factor of the learning rate by step or epoch, on top of any scheduler",
+        low=0,
+    )
+    steps_per_epoch: float | None = option(
+        None, "optimizer steps of an epoch (the Trainer knows it)", low=0, low_open=True
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +118,7 @@ class Recipe:
     stages: StageOptions
     grouping: GroupingOptions
     fallback: FallbackOptions
+    schedules: ScheduleOptions
     numerics: NumericsOptions
 
     @property
@@ -107,8 +134,17 @@ class Recipe:
     def hyperparameters(self) -> dict[str, Any]:
         """Returns all options flat, as plain data, as they would be given again."""
         flat: dict[str, Any] = {"betas": list(self.betas)}
-        for part in (self.algorithm, self.stages, self.grouping, self.fallback, self.numerics):
+        parts = (
+            self.algorithm,
+            self.stages,
+            self.grouping,
+            self.fallback,
+            self.schedules,
+            self.numerics,
+        )
+        for part in parts:
             for item in fields(part):  # type: ignore[arg-type]
                 if item.name not in {"beta1", "beta2"}:
-                    flat[item.name] = getattr(part, item.name)
+                    value = getattr(part, item.name)
+                    flat[item.name] = str(value) if isinstance(value, Schedule) else value
         return flat

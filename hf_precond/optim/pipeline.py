@@ -67,17 +67,19 @@ class Cohort:
             start = stop
 
 
-def run(cohorts: Sequence[Cohort], *, num_params: int, faults: Faults, health: Health) -> None:
+def run(
+    cohorts: Sequence[Cohort], *, owners: Mapping[str, int], faults: Faults, health: Health
+) -> None:
     """Takes cohorts that share parameters from their gradients to their directions.
 
     Args:
-        num_params: number of parameters of the optimizer.
+        owners: number of parameters, views and groups of the optimizer, by the names of the scopes.
 
     Raises:
         DecompositionError: if a parameter's factorisation failed too often in a row.
     """
-    _precondition(cohorts, num_params, faults)
-    _graft(cohorts, num_params, health)
+    _precondition(cohorts, owners, faults)
+    _graft(cohorts, owners, health)
     for cohort in cohorts:
         if cohort.stages.momentum_site == "direction":
             cohort.direction, cohort.factor = momentum_(
@@ -93,6 +95,7 @@ def split_into_cohorts(
     gradients: Mapping[int, Tensor],
     steps: Sequence[int],
     dtype: torch.dtype,
+    steps_per_epoch: float | None = None,
 ) -> Iterator[Cohort]:
     """Yields the cohorts of a bucket with their gradients stacked in the state dtype.
 
@@ -117,18 +120,18 @@ def split_into_cohorts(
             algorithm=algorithm,
             stages=stages,
             rows=rows,
-            ctx=StepContext(step=step),
+            ctx=StepContext(step=step, phases=rows.phases, steps_per_epoch=steps_per_epoch),
             gradient=gradient,
             direction=moment,
         )
 
 
-def _precondition(cohorts: Sequence[Cohort], num_params: int, faults: Faults) -> None:
+def _precondition(cohorts: Sequence[Cohort], owners: Mapping[str, int], faults: Faults) -> None:
     """Takes gradients into the statistics and replaces each moment by its direction."""
-    gradient_norms = _graft_input_norms(cohorts, [c.gradient for c in cohorts], num_params)
+    gradient_norms = _graft_input_norms(cohorts, [c.gradient for c in cohorts], owners)
     moment_norms = gradient_norms
     if any(cohort.direction is not cohort.gradient for cohort in cohorts):
-        moment_norms = _graft_input_norms(cohorts, [c.direction for c in cohorts], num_params)
+        moment_norms = _graft_input_norms(cohorts, [c.direction for c in cohorts], owners)
     for cohort, gradient_norm, moment_norm in zip(
         cohorts, gradient_norms, moment_norms, strict=True
     ):
@@ -168,25 +171,26 @@ def _update(cohort: Cohort, faults: Faults) -> None:
 def _part(cohort: Cohort, slot: Slot, groups: slice) -> Cohort:
     """One slot of a cohort as a cohort of its own, on the same state."""
     state = {name: tensor[groups] for name, tensor in cohort.state.items()}
+    rows = BankRows(cohort.rows.bank, [slot], state, None)
     return replace(
         cohort,
         slots=[slot],
-        rows=BankRows(cohort.rows.bank, [slot], state, None),
-        ctx=StepContext(step=cohort.ctx.step),
+        rows=rows,
+        ctx=replace(cohort.ctx, phases=rows.phases, refreshed=False),
         gradient=cohort.gradient[groups],
         direction=cohort.direction[groups],
     )
 
 
-def _graft(cohorts: Sequence[Cohort], num_params: int, health: Health) -> None:
+def _graft(cohorts: Sequence[Cohort], owners: Mapping[str, int], health: Health) -> None:
     """Gives each direction the norm of its graft partner's step."""
     grafted = [(c, c.graft_sq) for c in cohorts if c.graft_sq is not None]
     if not grafted:
         return
     members = [cohort for cohort, _ in grafted]
     scope = members[0].stages.graft_scope
-    wanted = _norms(members, [squares for _, squares in grafted], scope, num_params)
-    own = _norms(members, [_group_squares(c.direction) for c in members], scope, num_params)
+    wanted = _norms(members, [squares for _, squares in grafted], scope, owners)
+    own = _norms(members, [_group_squares(c.direction) for c in members], scope, owners)
     for cohort, target, norm in zip(members, wanted, own, strict=True):
         ratio = target / (norm + NORM_EPS)
         cohort.direction = cohort.direction * ratio
@@ -194,36 +198,31 @@ def _graft(cohorts: Sequence[Cohort], num_params: int, health: Health) -> None:
 
 
 def _graft_input_norms(
-    cohorts: Sequence[Cohort], tensors: Sequence[Tensor], num_params: int
+    cohorts: Sequence[Cohort], tensors: Sequence[Tensor], owners: Mapping[str, int]
 ) -> list[Tensor]:
     """Norms over whole parameters for normalized grafts; ones where nobody asks for them."""
     if any(cohort.stages.graft_normalizes for cohort in cohorts):
         squares = [_group_squares(tensor) for tensor in tensors]
-        return _norms(cohorts, squares, "parameter", num_params)
+        return _norms(cohorts, squares, "parameter", owners)
     return [tensor.new_ones(()) for tensor in tensors]
 
 
 def _norms(
-    cohorts: Sequence[Cohort], squares: Sequence[Tensor], scope: str, num_params: int
+    cohorts: Sequence[Cohort],
+    squares: Sequence[Tensor],
+    scope: str,
+    owners: Mapping[str, int],
 ) -> list[Tensor]:
     """Norms over whole parameters, views or groups from squares per group ``[G]``.
 
     Returns:
         one tensor ``[G, 1, 1]`` per cohort.
     """
-    summed = list(squares)
-    owners = [cohort.rows.owner(scope) for cohort in cohorts]
-    if scope == "parameter":
-        total = squares[0].new_zeros(num_params)
-        for owner, square in zip(owners, squares, strict=True):
-            total.index_add_(0, owner, square)
-        summed = [total[owner] for owner in owners]
-    elif scope == "view":
-        summed = [
-            torch.zeros_like(square).index_add_(0, owner, square)[owner]
-            for owner, square in zip(owners, squares, strict=True)
-        ]
-    return [square.sqrt()[:, None, None] for square in summed]
+    indices = [cohort.rows.owner(scope) for cohort in cohorts]
+    total = squares[0].new_zeros(owners[scope])
+    for index, square in zip(indices, squares, strict=True):
+        total.index_add_(0, index, square)
+    return [total[index].sqrt()[:, None, None] for index in indices]
 
 
 def _group_squares(x_GMB: Tensor) -> Tensor:

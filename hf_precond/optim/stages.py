@@ -39,6 +39,9 @@ class StageOptions:
         "first moment as a bias-corrected average, a heavy-ball sum, or none",
         choices=("ema", "heavy_ball", "none"),
     )
+    nesterov: bool = option(
+        False, "look ahead: the moment as it will be when the same gradient comes once more"
+    )
     momentum_site: str = option(
         "direction",
         "first moment of the grafted direction, or of the gradient that is preconditioned",
@@ -93,14 +96,19 @@ def momentum_(options: StageOptions, state: State, x: Tensor, step: int) -> tupl
     """Takes ``x`` into the first moment, in place.
 
     Returns:
-        the moment (the state tensor itself: not to be written to) and the factor that corrects its
-        bias.
+        the moment (may be the state tensor itself: not to be written to) and the factor that
+        corrects its bias.
     """
+    beta1 = options.beta1
     if options.momentum == "none":
         return x, 1.0
     if options.momentum == "heavy_ball":
-        return state["momentum_buffer"].mul_(options.beta1).add_(x), 1.0
-    return state["exp_avg"].lerp_(x, 1 - options.beta1), 1 / (1 - options.beta1**step)
+        moment = state["momentum_buffer"].mul_(beta1).add_(x)
+        return (torch.add(x, moment, alpha=beta1) if options.nesterov else moment), 1.0
+    moment = state["exp_avg"].lerp_(x, 1 - beta1)
+    if not options.nesterov:
+        return moment, 1 / (1 - beta1**step)
+    return torch.lerp(x, moment, beta1), 1 / (1 - beta1 ** (step + 1))
 
 
 def graft_input(options: StageOptions, x: Tensor, norm: Tensor) -> Tensor:

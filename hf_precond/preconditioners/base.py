@@ -9,7 +9,7 @@ safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from types import MappingProxyType
@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from hf_precond.preconditioners.schedule import Schedule
 
 Shape = tuple[int, int, int]
 State = dict[str, Tensor]
@@ -28,17 +30,60 @@ class StepContext:
 
     Attributes:
         step: 1 for the first step of the groups in this call.
+        phases: for each group a share in [0, 1) of an interval, spread over all groups of the
+            optimizer by cost: when a staggered refresh of the group is due.
+        steps_per_epoch: for schedules by epoch; unknown in a plain loop that does not say.
         refreshed: whether anything has been due so far; read by the shell.
     """
 
     step: int
+    phases: Sequence[float] = ()
+    steps_per_epoch: float | None = None
     refreshed: bool = False
 
-    def due(self, interval: int) -> bool:
-        """True at steps 1, 1 + interval, 1 + 2 * interval, ..."""
+    def due(self, interval: int, *, refreshes: bool = True) -> bool:
+        """True at steps 1, 1 + interval, 1 + 2 * interval, ...
+
+        Args:
+            refreshes: whether what is due can fail, so that going well ends a streak of failures.
+        """
         due = (self.step - 1) % interval == 0
-        self.refreshed |= due
+        self.refreshed |= due and refreshes
         return due
+
+    def due_groups(self, interval: int, *, first: int, stagger: bool) -> list[int] | slice | None:
+        """The groups to refresh now: at steps first, first + interval, ... or staggered after it.
+
+        Returns:
+            ``None`` for no group, a full slice for all, else the indices of some. Staggered, a
+            group has its turn at ``first + floor(phase * interval)`` and every ``interval`` later.
+        """
+        since = self.step - first
+        if not stagger:
+            due = since >= 0 and since % interval == 0
+            self.refreshed |= due
+            return slice(None) if due else None
+        turns = [since - int(phase * interval) for phase in self.phases]
+        groups = [index for index, turn in enumerate(turns) if turn >= 0 and turn % interval == 0]
+        self.refreshed |= bool(groups)
+        return groups or None
+
+    def epoch(self) -> float:
+        """Epochs done before this step.
+
+        Raises:
+            ValueError: if nobody has said how many steps an epoch has.
+        """
+        if self.steps_per_epoch is None:
+            raise ValueError(
+                "a schedule by epoch needs steps_per_epoch: the Trainer sets it where the data set "
+                "has a length, elsewhere give the option steps_per_epoch"
+            )
+        return (self.step - 1) / self.steps_per_epoch
+
+    def value(self, schedule: Schedule) -> float:
+        """The value of a schedule at this step."""
+        return schedule.at(self.step, self.epoch)
 
     def sum_over_blocks(self, x: Tensor) -> Tensor:
         """Sums over the ranks that share the M axis; the identity where M is not split."""
@@ -60,6 +105,28 @@ class Preconditioner(Protocol):
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         """Returns the descent direction for ``g_GMB`` (same shape). Changes no statistics."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where an algorithm wants a view ``[G, M, B]`` of a parameter.
+
+    Attributes:
+        role: ``"main"``, the algorithm; ``"graft"``, the graft partner's step alone;
+            ``"fallback"``, the elementwise algorithm of parameters without a view.
+        tile: rows and columns of the tiles the matrices are cut into, the last ones smaller.
+        reason: why not ``"main"``, for logs and the explanation table.
+    """
+
+    role: str = "main"
+    tile: tuple[int, int] | None = None
+    reason: str = ""
+
+
+def placement(algorithm: Preconditioner, shape: Shape) -> Placement:
+    """Asks an algorithm for the placement of a view; one without an opinion takes it whole."""
+    place = getattr(algorithm, "place", None)
+    return Placement() if place is None else place(shape)
 
 
 def option(
@@ -112,11 +179,18 @@ def check_options(options: Any) -> None:
         if value is None or not meta:
             continue
         values = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, Schedule):
+            values = value.values
         if not all(_is_allowed(part, meta) for part in values):
             finite = " and finite" if inf in values else ""
             raise ValueError(
-                f"{item.name} = {value!r} is not allowed: it must be {allowed_values(meta)}{finite}"
+                f"{item.name} = {_shown(value)} is not allowed: "
+                f"it must be {allowed_values(meta)}{finite}"
             )
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, Schedule) else repr(value)
 
 
 def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:

@@ -44,6 +44,20 @@ class Adam:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The gradient itself, without state: for views that are left to the graft partner's step."""
+
+    def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
+        return {}
+
+    def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
+        pass
+
+    def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
+        return g_GMB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sgd:
     """The gradient, or its heavy-ball momentum."""
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_precond.views.tiles import Tiles
 from hf_precond.views.view import ParamView
+
+AnyView = ParamView | Tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,12 +19,16 @@ class PlannedView:
 
     Attributes:
         param: index of the parameter.
-        view: its window.
-        key: views stack only with views of an equal key (algorithm, device).
+        view: its window, or equal tiles of it.
+        number: index of the window among all windows of the optimizer.
+        first_group: index of the window's first group among all groups of the optimizer.
+        key: views stack only with views of an equal key (role, device).
     """
 
     param: int
-    view: ParamView
+    view: AnyView
+    number: int = 0
+    first_group: int = 0
     key: tuple[str, torch.device]
 
 
@@ -30,9 +37,22 @@ class Slot:
     """A view's place in a bucket: groups ``start:stop`` of the stack."""
 
     param: int
-    view: ParamView
+    view: AnyView
+    number: int
+    first_group: int
     start: int
     stop: int
+
+    def owners(self, scope: str) -> list[int]:
+        """For each group of the slot, the parameter, view or group it is a part of.
+
+        The tiles of a group belong to that group.
+        """
+        size = self.stop - self.start
+        if scope == "group":
+            tiles = self.view.tiles_per_group
+            return [self.first_group + index // tiles for index in range(size)]
+        return [self.param if scope == "parameter" else self.number] * size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +111,15 @@ def _bucket(items: Sequence[PlannedView]) -> Bucket:
     slots, start = [], 0
     for item in items:
         stop = start + item.view.shape[0]
-        slots.append(Slot(param=item.param, view=item.view, start=start, stop=stop))
+        slots.append(
+            Slot(
+                param=item.param,
+                view=item.view,
+                number=item.number,
+                first_group=item.first_group,
+                start=start,
+                stop=stop,
+            )
+        )
         start = stop
     return Bucket(key=items[0].key, slots=tuple(slots))

@@ -79,6 +79,11 @@ class ParamView:
         """Number of parameter elements the view covers."""
         return prod(self.shape)
 
+    @property
+    def tiles_per_group(self) -> int:
+        """One: a view is not cut into tiles."""
+        return 1
+
     def window(self, tensor: Tensor) -> Tensor:
         """Returns the strided window into ``tensor`` (contiguous storage; never copies)."""
         out = tensor.view(self.split)

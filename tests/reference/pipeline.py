@@ -90,6 +90,7 @@ class MatrixReference:
     beta1: float = 0.9
     momentum: str = "ema"
     momentum_site: str = "direction"
+    nesterov: bool = False
     start_step: int = 1
     graft: str = "rmsprop_normalized"
     graft_beta2: float = 0.999
@@ -151,11 +152,12 @@ class MatrixReference:
         before = torch.zeros_like(x) if self.moment is None else self.moment
         if self.momentum == "none":
             return x
-        if self.momentum == "heavy_ball":
-            self.moment = self.beta1 * before + x
-            return self.moment
-        self.moment = self.beta1 * before + (1.0 - self.beta1) * x
-        return self.moment / (1.0 - self.beta1**self.steps)
+        weight = 1.0 if self.momentum == "heavy_ball" else 1.0 - self.beta1
+        self.moment = self.beta1 * before + weight * x
+        moment, averaged = self.moment, self.steps
+        if self.nesterov:  # as if the same gradient came once more
+            moment, averaged = self.beta1 * moment + weight * x, self.steps + 1
+        return moment if self.momentum == "heavy_ball" else moment / (1.0 - self.beta1**averaged)
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ class ReferenceRow:
             are well conditioned where the registered defaults need not be.
         option_sets: label -> options of the algorithm itself; those of the stages around it are
             tested for every row.
-        tolerances: label of an option set, ``"regular"`` or ``"degenerate"`` -> tolerance where
-            the general one cannot hold; the reason stands beside it.
+        tolerances: label of an option set, ``"degenerate"`` or ``"scales"`` -> tolerance where the
+            general one cannot hold; the reason stands beside it.
     """
 
     build: Callable[[Options, tuple[int, int]], GroupReference]

@@ -8,11 +8,35 @@ from torch import Tensor
 
 from hf_precond import PreconditionedOptimizer
 from hf_precond.views.view import ParamView
-from tests.reference import shared_basis
+from tests.reference import (
+    adadiag,
+    adafacdiag,
+    block_adam,
+    frequent_directions,
+    full_matrix,
+    muon,
+    ng_plus,
+    shampoo,
+    shared_basis,
+    sketchy,
+    soap,
+)
 from tests.reference.pipeline import AdamReference, MatrixReference, SgdReference
 from tests.reference.row import Options, ReferenceRow
 
-_FAMILIES = (shared_basis,)
+_FAMILIES = (
+    shared_basis,
+    shampoo,
+    sketchy,
+    block_adam,
+    full_matrix,
+    frequent_directions,
+    adadiag,
+    adafacdiag,
+    ng_plus,
+    soap,
+    muon,
+)
 REFERENCES: dict[str, ReferenceRow] = {
     name: row for family in _FAMILIES for name, row in family.ROWS.items()
 }
@@ -42,11 +66,14 @@ def _reference(
     if not plain:
         if options["fallback"] == "sgd":
             return SgdReference(**common, momentum=options["fallback_momentum"])
-        return AdamReference(**common, betas=(beta1, beta2), eps=options["fallback_eps"])
+        own = options["fallback_beta1"]
+        betas = (beta1 if own is None else own, beta2)
+        return AdamReference(**common, betas=betas, eps=options["fallback_eps"])
     views = [ParamView.from_plain(view) for view in plain]
     stages = (
         "momentum",
         "momentum_site",
+        "nesterov",
         "start_step",
         "graft",
         "graft_beta2",

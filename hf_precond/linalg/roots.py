@@ -1,0 +1,107 @@
+"""Inverse roots and inverses of stacked symmetric positive semidefinite matrices.
+
+Two ways to the same matrix: an eigendecomposition, exact for every exponent, and a coupled Newton
+iteration of matrix products alone, which GPUs run at full speed (Iannazzo 2006; used for Shampoo by
+Anil et al. 2020).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg.eigen import DecompositionError, eigh
+
+ROOT_METHODS = ("eigh", "newton")
+# From a smallest eigenvalue of 1e-7 of the largest, Newton needs 17 steps up and 5 to converge.
+_NEWTON_ITERS = 30
+_SQUARINGS = 12
+
+
+def inverse_root(a_NN: Tensor, exponent: float, ridge: Tensor, *, method: str = "eigh") -> Tensor:
+    """Returns ``(A + ridge I)^(-exponent)`` of matrices ``[..., N, N]``.
+
+    Args:
+        exponent: positive; ``"newton"`` needs one over a whole number.
+        ridge: ``[...]``, added to every eigenvalue; outside float64 at least 1e-6 of the largest,
+            below which eigenvalues are rounding. Where it is zero the result is zero.
+
+    Raises:
+        DecompositionError: if the eigendecomposition fails in float64, too.
+    """
+    alive = ridge > 0
+    shift = torch.where(alive, ridge, torch.ones_like(ridge))
+    if method == "newton":
+        shift = _floored(shift, largest_eigenvalue(a_NN, method=method)).unsqueeze(-1)
+        root = _newton_inverse_root(
+            a_NN + torch.diag_embed(shift.expand(a_NN.shape[:-1])), exponent
+        )
+    else:
+        values, vectors = eigh(a_NN)
+        values = values.clamp(min=0)
+        shift = _floored(shift, values[..., -1]).unsqueeze(-1)
+        root = (vectors * (values + shift).pow(-exponent).unsqueeze(-2)) @ vectors.mT
+    return root * alive[..., None, None]
+
+
+def root_order(exponent: float) -> int | None:
+    """Returns p where ``exponent`` is 1/p for a whole number p, else None."""
+    order = round(1 / exponent)
+    return order if abs(order * exponent - 1) < 1e-9 else None
+
+
+def largest_eigenvalue(a_NN: Tensor, *, method: str = "eigh") -> Tensor:
+    """Returns the largest eigenvalue ``[...]`` of positive semidefinite matrices.
+
+    ``"newton"`` takes matrix products only: the Rayleigh quotient of A^(2^12), below the true value
+    by at most one part in 4,000.
+
+    Raises:
+        DecompositionError: if the eigendecomposition fails.
+    """
+    if method == "eigh":
+        try:
+            return torch.linalg.eigvalsh(a_NN)[..., -1].clamp(min=0)
+        except torch.linalg.LinAlgError as error:
+            raise DecompositionError(f"eigvalsh of {tuple(a_NN.shape)} failed: {error}") from error
+    norm = torch.linalg.matrix_norm(a_NN)[..., None, None]
+    power = a_NN / torch.where(norm > 0, norm, torch.ones_like(norm))
+    for _ in range(_SQUARINGS):
+        power = power @ power
+        power = power / _trace(power)[..., None, None].clamp(min=torch.finfo(power.dtype).tiny)
+    return (power * a_NN).sum((-2, -1)).clamp(min=0)
+
+
+def positive_inverse(a_NN: Tensor) -> Tensor:
+    """Returns the inverses of positive definite matrices by Cholesky factors, retried in float64.
+
+    Raises:
+        DecompositionError: if a matrix is not positive definite in float64 either.
+    """
+    for dtype in dict.fromkeys((a_NN.dtype, torch.float64)):
+        factor, info = torch.linalg.cholesky_ex(a_NN.to(dtype))
+        if not bool((info != 0).any()):
+            return torch.cholesky_inverse(factor).to(a_NN.dtype)
+    raise DecompositionError(f"Cholesky of {tuple(a_NN.shape)} failed in float64")
+
+
+def _newton_inverse_root(a_NN: Tensor, exponent: float) -> Tensor:
+    """Coupled Newton: M -> I while X -> A^(-1/p), with M = X^p A in exact arithmetic throughout."""
+    order = root_order(exponent)
+    assert order is not None, "options are checked where the algorithm is built"
+    eye = torch.eye(a_NN.shape[-1], dtype=a_NN.dtype, device=a_NN.device)
+    scale = (1 + order) / (2 * torch.linalg.matrix_norm(a_NN)[..., None, None])
+    power, root = a_NN * scale, eye * scale**exponent
+    for _ in range(_NEWTON_ITERS):
+        step = ((1 + order) * eye - power) / order
+        power = torch.linalg.matrix_power(step, order) @ power
+        root = root @ step
+    return root
+
+
+def _floored(ridge: Tensor, largest: Tensor) -> Tensor:
+    return ridge if ridge.dtype == torch.float64 else torch.maximum(ridge, 1e-6 * largest)
+
+
+def _trace(a_NN: Tensor) -> Tensor:
+    return a_NN.diagonal(dim1=-2, dim2=-1).sum(-1)

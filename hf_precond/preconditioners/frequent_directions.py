@@ -1,0 +1,108 @@
+"""Frequent directions of the flattened gradient: Ada-FD and SON-FD.
+
+The rows of Table 1 of Yen et al. 2023: the second moment sum_t g g^T of all N weights of a group is
+kept as U diag(s) U^T + rho I of rank ell (Ghashami et al. 2016). After a gradient is added, the
+ell-th eigenvalue is taken off all and goes to rho. Direction (U diag(s) U^T + (rho + eps) I)^(-p) g
+with p = 1/2 (Ada-FD, Wan and Zhang 2018) or p = 1 (SON-FD, Luo et al. 2016).
+
+    U, s, rho   sketch_vectors [G, N, L], sketch_values [G, L], escaped_mass [G]    N = M B
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg.lowrank import add_gram, inverse_power
+from hf_precond.preconditioners.base import (
+    OptimizerInfo,
+    Shape,
+    State,
+    StepContext,
+    check_options,
+    option,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrequentDirections:
+    """A frequent-directions sketch of each flattened group."""
+
+    rank: int = option(10, "columns of the sketch", symbol="ell", low=1)
+    power: float = option(0.5, "exponent of the inverse", low=0, low_open=True)
+    eps: float = option(1e-8, "added to the escaped mass", low=0, low_open=True)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def effective_rank(self, block_size: int) -> int:
+        """The sketch is of the whole group: its rank does not depend on the block."""
+        return self.rank
+
+    def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
+        groups, size = shape[0], shape[1] * shape[2]
+        rank = min(self.rank, size)
+        return {
+            "sketch_vectors": torch.zeros(groups, size, rank, dtype=dtype, device=device),
+            "sketch_values": torch.zeros(groups, rank, dtype=dtype, device=device),
+            "escaped_mass": torch.zeros(groups, dtype=dtype, device=device),
+        }
+
+    def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
+        ctx.due(1)
+        column = g_GMB.flatten(1).unsqueeze(-1)
+        vectors, values = add_gram(state["sketch_vectors"], state["sketch_values"], column)
+        vectors, values, lost = shrink(vectors, values, self.rank, self.rank)
+        state["sketch_vectors"].copy_(vectors)
+        state["sketch_values"].copy_(values)
+        state["escaped_mass"].add_(lost)
+
+    def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
+        values = state["sketch_values"]
+        tail = state["escaped_mass"] + self.eps
+        if values.dtype != torch.float64:
+            # Below this the difference of the two powers is rounding noise.
+            tail = torch.maximum(tail, 1e-6 * values[..., 0])
+        x = g_GMB.flatten(1).unsqueeze(-1)
+        return inverse_power(state["sketch_vectors"], values, tail, x, self.power).view(g_GMB.shape)
+
+
+def shrink(vectors: Tensor, values: Tensor, rank: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes the ``index``-th largest eigenvalue off all and keeps ``rank`` of them.
+
+    Args:
+        vectors: ``[..., N, J]``, values ``[..., J]`` descending, all of the spectrum that is not
+            zero.
+
+    Returns:
+        vectors ``[..., N, min(rank, N)]``, values, and what was taken off, ``[...]``.
+    """
+    size, count = vectors.shape[-2:]
+    lost = values[..., index - 1] if index <= count else values.new_zeros(values.shape[:-1])
+    kept = min(rank, size)
+    values = (values[..., :kept] - lost.unsqueeze(-1)).clamp(min=0)
+    return vectors[..., :kept] * (values > 0).unsqueeze(-2), values, lost
+
+
+_DEFAULTS = {"graft": "adam", "momentum_site": "gradient", "attention_grouping": "kernel"}
+
+INFOS = (
+    OptimizerInfo(
+        name="ada_fd",
+        algorithm=FrequentDirections,
+        fixed={"power": 0.5},
+        defaults=_DEFAULTS,
+        summary="full-matrix Adagrad of each layer in a frequent-directions sketch",
+        paper="Wan and Zhang 2018; Yen et al., NeurIPS 2023, Table 1",
+    ),
+    OptimizerInfo(
+        name="son_fd",
+        algorithm=FrequentDirections,
+        fixed={"power": 1.0},
+        defaults=_DEFAULTS,
+        summary="online Newton of each layer in a frequent-directions sketch",
+        paper="Luo et al., Sketched Online Newton, NeurIPS 2016",
+    ),
+)
