@@ -9,8 +9,12 @@ from typing import Any
 from torch import nn
 
 from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.optim.options import Recipe
+from hf_precond.preconditioners.base import Placement, placement
 from hf_precond.registry import resolve
 from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
+from hf_precond.views.tiles import tile
+from hf_precond.views.view import ParamView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +22,8 @@ class GroupRow:
     """One parameter of the explanation table.
 
     Attributes:
-        view: its views, ``G x [M, B]`` each.
-        algorithm: registry name, or the fallback's.
+        view: its views or their tiles, ``G x [M, B]`` each.
+        algorithm: registry name, the graft partner's step, or the fallback's name.
         rank: rank used for each view; empty where the algorithm has none.
         state_bytes: bytes of its optimizer state.
         reason: why.
@@ -59,19 +63,38 @@ def explain_groups(
     effective_rank = getattr(recipe.algorithm, "effective_rank", None)
     rows = []
     for (info, found), size in zip(assigned, state_bytes, strict=True):
-        ranks = {effective_rank(view.shape[2]) for view in found.views} if effective_rank else set()
+        places = [placement(recipe.algorithm, view.shape) for view in found.views]
+        taken = [view for view, at in zip(found.views, places, strict=True) if at.role == "main"]
+        ranks = {effective_rank(view.shape[2]) for view in taken} if effective_rank else set()
         rows.append(
             GroupRow(
                 parameter=info.name,
                 shape=tuple(info.param.shape),
-                view="; ".join(str(view) for view in found.views) or "-",
-                algorithm=recipe.name if found.views else recipe.fallback.fallback,
+                view="; ".join(_pieces(*pair) for pair in zip(found.views, places, strict=True))
+                or "-",
+                algorithm=_algorithm_words(recipe, places),
                 rank="/".join(str(rank) for rank in sorted(ranks)),
                 state_bytes=size,
-                reason=found.reason,
+                reason="; ".join(
+                    dict.fromkeys([found.reason, *(at.reason for at in places if at.reason)])
+                ),
             )
         )
     return rows
+
+
+def _pieces(view: ParamView, place: Placement) -> str:
+    """The view, or the tiles it is cut into."""
+    return "; ".join(str(piece) for piece in (tile(view, *place.tile) if place.tile else (view,)))
+
+
+def _algorithm_words(recipe: Recipe, places: list[Placement]) -> str:
+    words = {
+        "main": recipe.name,
+        "graft": "graft step",
+        "fallback": recipe.fallback.fallback,
+    }
+    return "/".join(dict.fromkeys(words[place.role] for place in places)) or words["fallback"]
 
 
 def format_table(rows: Iterable[GroupRow]) -> str:

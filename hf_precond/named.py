@@ -48,3 +48,81 @@ class SharedBasisAdam(NamedOptimizer):
     """Shared-basis block low-rank Adam (Yen et al. 2023, appendix 6.9)."""
 
     registry_name = "shared_basis_adam"
+
+
+class Shampoo(NamedOptimizer):
+    """Shampoo in tiles (Gupta et al. 2018, Anil et al. 2020)."""
+
+    registry_name = "shampoo"
+
+
+class Sketchy(NamedOptimizer):
+    """Shampoo with frequent-directions sketches (Feinberg et al. 2023)."""
+
+    registry_name = "sketchy"
+
+
+class BlockAdam(NamedOptimizer):
+    """Full-matrix Adam over small blocks of each output neuron (Yun et al. 2022)."""
+
+    registry_name = "block_adam"
+
+
+class FullMatrixAdagrad(NamedOptimizer):
+    """Full-matrix Adagrad on small tensors (Duchi et al. 2011)."""
+
+    registry_name = "full_matrix_adagrad"
+
+
+class AdaFD(NamedOptimizer):
+    """Full-matrix Adagrad in a frequent-directions sketch (Wan and Zhang 2018)."""
+
+    registry_name = "ada_fd"
+
+
+class SonFD(NamedOptimizer):
+    """Sketched online Newton (Luo et al. 2016)."""
+
+    registry_name = "son_fd"
+
+
+class AdaDiag(NamedOptimizer):
+    """Adam in the basis of the gradient's left singular vectors (Nguyen et al. 2024)."""
+
+    registry_name = "adadiag"
+
+
+class AdaDiagPP(NamedOptimizer):
+    """AdaDiag++: Adam in the bases of both singular vectors (Nguyen et al. 2024)."""
+
+    registry_name = "adadiag_pp"
+
+
+class AdafacDiag(NamedOptimizer):
+    """Adafactor in the basis of the gradient's left singular vectors (Nguyen et al. 2024)."""
+
+    registry_name = "adafacdiag"
+
+
+class AdafacDiagPP(NamedOptimizer):
+    """AdafacDiag++: Adafactor in the bases of both singular vectors (Nguyen et al. 2024)."""
+
+    registry_name = "adafacdiag_pp"
+
+
+class NGPlus(NamedOptimizer):
+    """NG+ with mini-batch curvature (Yang et al. 2021)."""
+
+    registry_name = "ng_plus"
+
+
+class SOAP(NamedOptimizer):
+    """Adam in the eigenbases of Shampoo's factors (Vyas et al. 2024)."""
+
+    registry_name = "soap"
+
+
+class Muon(NamedOptimizer):
+    """Momentum with its singular values brought to one (Jordan et al. 2024)."""
+
+    registry_name = "muon"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.optim import Optimizer
@@ -18,7 +19,10 @@ HEALTH_PREFIX = "optim_"
 
 
 class OptimizerInUseCallback(TrainerCallback):
-    """Shows the plan when training begins; refuses another optimizer than was asked for."""
+    """Shows the plan when training begins; refuses another optimizer than was asked for.
+
+    Also tells the optimizer how long an epoch is, for schedules by epoch.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,9 +37,22 @@ class OptimizerInUseCallback(TrainerCallback):
                 f"optim={name!r} was asked for, but the optimizer in use is {in_use}"
             )
         if ours:
+            set_steps_per_epoch(inner, args, kwargs.get("train_dataloader"))
             inner.health()  # starts the first logging interval here
             if state.is_world_process_zero:
                 logger.info(plan_line(inner))
+
+
+def set_steps_per_epoch(
+    optimizer: PreconditionedOptimizer, args: TrainingArguments, dataloader: Any
+) -> None:
+    """Takes the length of an epoch from the data, unless an option has said it or it has none."""
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return
+    if optimizer.recipe.schedules.steps_per_epoch is None and batches:
+        optimizer.steps_per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def unwrap(optimizer: Any) -> Any:

@@ -81,7 +81,13 @@ INFOS = (
     OptimizerInfo(
         name="block_adam",
         algorithm=BlockAdam,
-        defaults={"root_interval": 10, "graft": "adam", "momentum_site": "gradient"},
+        defaults={
+            "root_interval": 10,
+            "graft": "adam",
+            "momentum_site": "gradient",
+            "start_step": 11,
+            "attention_grouping": "kernel",
+        },
         summary="full-matrix Adam over small blocks inside each output neuron",
         paper="Yun et al., AdaBlock, 2022",
     ),

@@ -76,7 +76,13 @@ INFOS = (
     OptimizerInfo(
         name="full_matrix_adagrad",
         algorithm=FullMatrix,
-        defaults={"root_interval": 10, "graft": "adam", "momentum_site": "gradient"},
+        defaults={
+            "root_interval": 10,
+            "graft": "adam",
+            "momentum_site": "gradient",
+            "start_step": 11,
+            "attention_grouping": "kernel",
+        },
         summary="full-matrix Adagrad on tensors of a few thousand weights, AdamW on the rest",
         paper="Duchi et al., JMLR 2011",
     ),

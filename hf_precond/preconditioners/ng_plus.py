@@ -158,6 +158,7 @@ INFOS = (
             "damping_mode": "relative",
             "graft": "adam",
             "momentum_site": "gradient",
+            "attention_grouping": "kernel",
         },
         summary="natural gradient from the smaller Gram matrix of the mini-batch gradient",
         paper="Yang et al., NG+, 2021, Eq. 12, 17, 18",

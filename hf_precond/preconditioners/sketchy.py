@@ -118,7 +118,12 @@ INFOS = (
     OptimizerInfo(
         name="sketchy",
         algorithm=Sketchy,
-        defaults={"update_interval": 10, "graft": "adam", "start_step": 11},
+        defaults={
+            "update_interval": 10,
+            "graft": "adam",
+            "start_step": 11,
+            "attention_grouping": "kernel",
+        },
         summary="Shampoo with frequent-directions sketches in place of the factors",
         paper="Feinberg et al., Sketchy, NeurIPS 2023",
     ),

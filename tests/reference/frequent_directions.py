@@ -97,7 +97,7 @@ _SETS: dict[str, Options] = {
     "paper": {},
     "rank_one": {"rank": 1},
     "rank_five": {"rank": 5},
-    "rank_of_the_smallest": {"rank": 12, "eps": 1e-4},
+    "rank_of_the_smallest": {"rank": 12, "eps": 1e-2},
     "full_rank": {"rank": 64, "eps": 0.01},
     "large_eps": {"eps": 0.1},
 }
