@@ -2,11 +2,13 @@
 """Times whole training steps and optimizer steps, interleaved with fused AdamW.
 
     scripts/bench_step.py --preset gpt2-7m --batch_size 32 --block_size 128 --rounds 5
+    scripts/bench_step.py --optims shared_basis_adagrad:update_interval=10 shampoo soap muon
 
 Each round runs every contender for one cycle of steps (forward, backward, step on the same shapes),
 in turn, so that a slow minute of the machine hits all alike. The table gives medians over rounds,
-ratios to AdamW and the distance to the floor: floating-point operations over the measured
-matrix-product rate plus bytes over the measured bandwidth.
+ratios to AdamW, state bytes and, for the shared-basis methods, the distance to the floor:
+floating-point operations over the measured matrix-product rate plus bytes over the measured
+bandwidth.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from hf_precond.linalg.eigen import eigh
 from hf_precond.preconditioners.shared_basis import SharedBasis
 from trainer_ext.arguments import parse_optim_args
 from trainer_ext.build import build_optimizer
-from trainer_ext.data.presets import PRESETS, preset_config
+from trainer_ext.data.presets import PRESETS, override_config, preset_config
 from trainer_ext.provenance import git_revision, hardware, package_versions
 
 BASELINE = "adamw_fused"
@@ -85,9 +87,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="gpt2-7m")
     parser.add_argument("--batch_size", type=int, default=32, help="sequences per step")
     parser.add_argument("--block_size", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--optims", nargs="+", default=["shared_basis_adagrad"])
-    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 10])
-    parser.add_argument("--optim_args", default="", help="options of all of them, rank=32,...")
+    parser.add_argument("--config_overrides", default="", help="of the preset, n_embd=128,...")
+    parser.add_argument(
+        "--optims",
+        nargs="+",
+        default=["shared_basis_adagrad", "shared_basis_adagrad:update_interval=10"],
+        metavar="NAME[:OPTIONS]",
+        help="names with options as in optim_args: soap:basis_interval=5,max_dim=512",
+    )
     parser.add_argument("--cycle", type=int, default=10, help="steps per contender and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,22 +111,21 @@ def build_contenders(args: argparse.Namespace, device: torch.device) -> list[Con
     model = new_model(args, device)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     contenders.append(Contender(name=BASELINE, model=model, optimizer=adamw))
-    for name in args.optims:
-        for interval in args.intervals:
-            model = new_model(args, device)
-            options = parse_optim_args(name, args.optim_args).options
-            optimizer = build_optimizer(
-                model, name, lr=1e-4, **{**options, "update_interval": interval}
-            )
-            label = f"{name} interval {interval}"
-            contenders.append(Contender(name=label, model=model, optimizer=optimizer))
+    for label in args.optims:
+        name, _, text = label.partition(":")
+        model = new_model(args, device)
+        optimizer = build_optimizer(model, name, lr=1e-4, **parse_optim_args(name, text).options)
+        contenders.append(Contender(name=label, model=model, optimizer=optimizer))
     return contenders
 
 
 def new_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """A freshly initialised model; the same weights for every contender."""
     torch.manual_seed(args.seed)
-    return AutoModelForCausalLM.from_config(preset_config(args.preset)).to(device)
+    config = preset_config(args.preset)
+    if args.config_overrides:
+        override_config(config, args.config_overrides)
+    return AutoModelForCausalLM.from_config(config).to(device)
 
 
 def token_batch(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Tensor:
@@ -249,8 +255,11 @@ def report(
             "rounds_forward_backward_ms": [1e3 * s for s in contender.forward_backward_s],
         }
         if isinstance(contender.optimizer, PreconditionedOptimizer):
-            row["floor"] = asdict(floor(contender.optimizer, rates, device))
+            if isinstance(contender.optimizer.recipe.algorithm, SharedBasis):
+                row["floor"] = asdict(floor(contender.optimizer, rates, device))
             row["state_bytes"] = sum(plan.state_bytes for plan in contender.optimizer.plan())
+        else:
+            row["state_bytes"] = state_bytes(contender.optimizer)
         rows.append(row)
     return {
         "command": "scripts/bench_step.py " + " ".join(shown(args)),
@@ -263,6 +272,16 @@ def report(
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
     }
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors but step counters."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if tensor.ndim
+    )
 
 
 def shown(args: argparse.Namespace) -> list[str]:
@@ -282,9 +301,11 @@ def format_report(result: dict[str, Any]) -> str:
         f"{result['measured_rates']['flops'] / 1e9:.0f} GFLOP/s, memory at "
         f"{result['measured_rates']['bytes'] / 1e9:.1f} GB/s",
         "",
-        "| optimizer | step ms | of AdamW's | whole step | floor ms (products + bytes) | eigh ms |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| optimizer | step ms | of AdamW's | whole step | state | floor ms (products + bytes) "
+        "| eigh ms |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    baseline_bytes = result["rows"][0]["state_bytes"]
     for row in result["rows"]:
         bound, eigen = "", ""
         if "floor" in row:
@@ -293,7 +314,8 @@ def format_report(result: dict[str, Any]) -> str:
             eigen = f"{row['floor']['eigh_ms']:.1f}"
         lines.append(
             f"| {row['name']} | {row['optimizer_ms']:.1f} | {row['optimizer_ratio']:.2f} | "
-            f"{row['whole_step_ratio']:.3f} | {bound} | {eigen} |"
+            f"{row['whole_step_ratio']:.3f} | {row['state_bytes'] / baseline_bytes:.2f} | {bound} "
+            f"| {eigen} |"
         )
     return "\n".join(lines)
 

@@ -11,7 +11,6 @@ of this project valid values of `--optim`.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ from trainer_ext.config_file import parse_config_and_command_line
 from trainer_ext.data.corpus import STDLIB, Corpus, TextDataset, load_corpus
 from trainer_ext.data.metrics import LanguageModelMetrics, perplexity, sequence_statistics
 from trainer_ext.data.packing import collate_blocks, pack
-from trainer_ext.data.presets import PRESETS, preset_config
+from trainer_ext.data.presets import PRESETS, override_config, preset_config
 from trainer_ext.data.tokenizer import load_or_train_tokenizer
 
 DEFAULT_PRESET = "gpt2-7m"
@@ -296,34 +295,6 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
     if model_args.config_overrides:
         override_config(config, model_args.config_overrides)
     return config
-
-
-def override_config(config: PretrainedConfig, overrides: str) -> None:
-    """Sets `key=value,...` on the configuration, with the type of the value that was there.
-
-    Raises:
-        ValueError: a malformed item, an unknown key or a value of another type.
-    """
-    for item in overrides.split(","):
-        key, equals, text = item.partition("=")
-        if not equals or not hasattr(config, key):
-            raise ValueError(
-                f"config_overrides={overrides!r}: {item!r} is not key=value with a key of "
-                f"{type(config).__name__}"
-            )
-        try:
-            value = json.loads(text.lower() if text in ("True", "False") else text)
-        except json.JSONDecodeError:
-            value = text
-        old = getattr(config, key)
-        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if old is not None and type(value) is not type(old):
-            raise ValueError(
-                f"config_overrides={overrides!r}: {key}={text!r} must be of type "
-                f"{type(old).__name__}"
-            )
-        setattr(config, key, value)
 
 
 def load_tokenizer(

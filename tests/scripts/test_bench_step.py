@@ -12,6 +12,8 @@ from torch import nn
 
 from hf_precond import create_optimizer
 
+OURS = "shared_basis_adagrad:update_interval=10,rank=8"
+
 
 def test_floor_counts_operations_and_bytes(bench: ModuleType) -> None:
     model = nn.Sequential(nn.Linear(64, 32))
@@ -28,11 +30,13 @@ def test_floor_counts_operations_and_bytes(bench: ModuleType) -> None:
 def test_writes_medians_and_ratios(bench: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     sizes = ["--batch_size", "1", "--block_size", "8", "--rounds", "1", "--cycle", "1"]
-    assert bench.main([*sizes, "--intervals", "10", "--output", str(output)]) == 0
+    assert bench.main([*sizes, "--optims", "soap", OURS, "--output", str(output)]) == 0
     result = json.loads(output.read_text())
-    adamw, ours = result["rows"]
+    adamw, soap, ours = result["rows"]
     assert adamw["optimizer_ratio"] == 1.0
     assert ours["optimizer_ratio"] == pytest.approx(ours["optimizer_ms"] / adamw["optimizer_ms"])
     assert ours["floor"]["products_ms"] > 0
+    assert "floor" not in soap
+    assert soap["state_bytes"] > adamw["state_bytes"] > 0
     assert result["tokens_per_step"] == 8
-    assert "--intervals 10" in result["command"]
+    assert f"--optims soap {OURS}" in result["command"]

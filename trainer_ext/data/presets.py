@@ -6,6 +6,7 @@ Zhao et al. 2024), so that results can be set beside it. The 7m and 9m ones trai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -85,3 +86,31 @@ def preset_config(name: str) -> PretrainedConfig:
         raise ValueError(f"preset={name!r} must be one of {', '.join(PRESETS)}")
     fields = dict(PRESETS[name])
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+
+
+def override_config(config: PretrainedConfig, overrides: str) -> None:
+    """Sets `key=value,...` on the configuration, with the type of the value that was there.
+
+    Raises:
+        ValueError: a malformed item, an unknown key or a value of another type.
+    """
+    for item in overrides.split(","):
+        key, equals, text = item.partition("=")
+        if not equals or not hasattr(config, key):
+            raise ValueError(
+                f"config_overrides={overrides!r}: {item!r} is not key=value with a key of "
+                f"{type(config).__name__}"
+            )
+        try:
+            value = json.loads(text.lower() if text in ("True", "False") else text)
+        except json.JSONDecodeError:
+            value = text
+        old = getattr(config, key)
+        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if old is not None and type(value) is not type(old):
+            raise ValueError(
+                f"config_overrides={overrides!r}: {key}={text!r} must be of type "
+                f"{type(old).__name__}"
+            )
+        setattr(config, key, value)
