@@ -156,7 +156,12 @@ INFOS = (
     OptimizerInfo(
         name="shampoo",
         algorithm=Shampoo,
-        defaults={"graft": "adam", "start_step": 11, "attention_grouping": "kernel"},
+        defaults={
+            "graft": "adam",
+            "momentum_site": "gradient",
+            "start_step": 11,
+            "attention_grouping": "kernel",
+        },
         summary="Kronecker-factored second moments of rows and columns, in tiles",
         paper="Gupta et al., ICML 2018; Anil et al., Scalable Second Order Optimization, 2020",
     ),

@@ -121,6 +121,7 @@ INFOS = (
         defaults={
             "update_interval": 10,
             "graft": "adam",
+            "momentum_site": "gradient",
             "start_step": 11,
             "attention_grouping": "kernel",
         },

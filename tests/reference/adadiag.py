@@ -163,8 +163,8 @@ PROJECTION_SETS: dict[str, Options] = {
 QR_TOLERANCES: dict[str, float] = {
     label: 1e-6 for label, options in PROJECTION_SETS.items() if options.get("basis_method") == "qr"
 }
-# In the bases of the very gradient the rotated one is diagonal: the rest of it is rounding, and where
-# it was rounding from the first step on it is divided by little more than eps.
+# In the bases of the very gradient the rotated one is diagonal: the rest of it is rounding, and
+# where it was rounding from the first step on it is divided by little more than eps.
 OWN_BASES = ("every_step", "reprojected_every_step", "from_step_one", "from_step_one_eigh", "once")
 
 

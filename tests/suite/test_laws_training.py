@@ -93,23 +93,25 @@ def test_descends_on_an_mlp(name: str) -> None:
 
 def test_descends_on_a_matrix_quadratic(name: str) -> None:
     """f(W) = |A (W - W*)|^2 / 2 with a condition number of 100."""
-    finals = []
-    for rate in RATES:
-        weight, target = parameter(5, 6, seed=0), parameter(5, 6, seed=1).detach()
-        scales = torch.logspace(0, -1, 6, dtype=torch.float64)
-        steps = 200
-        optimizer = build(name, [weight], lr=0.05 * rate)
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
-        losses = []
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss = 0.5 * ((weight - target) * scales).square().sum()
-            loss.backward()
-            losses.append(loss.item())
-            optimizer.step()
-            schedule.step()
-        finals.append(losses[-1] / losses[0])
+    finals = [quadratic_descent(name, lr=0.05 * rate) for rate in RATES]
     assert min(finals) < DESCENT
+
+
+def quadratic_descent(name: str, *, lr: float, steps: int = 200) -> float:
+    """The share of the first loss that is left after full-batch training."""
+    weight, target = parameter(5, 6, seed=0), parameter(5, 6, seed=1).detach()
+    scales = torch.logspace(0, -1, 6, dtype=torch.float64)
+    optimizer = build(name, [weight], lr=lr)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = 0.5 * ((weight - target) * scales).square().sum()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        schedule.step()
+    return losses[-1] / losses[0]
 
 
 def test_zero_learning_rate_leaves_weights_bit_equal(name: str) -> None:
