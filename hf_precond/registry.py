@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -36,7 +37,7 @@ from hf_precond.preconditioners import (
     soap,
 )
 from hf_precond.preconditioners.base import OptimizerInfo, allowed_values, field_default, option
-from hf_precond.preconditioners.schedule import Schedule
+from hf_precond.preconditioners.schedule import FORMS, Schedule
 from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
 
 _MODULES = (
@@ -251,16 +252,14 @@ def _checked_type(spec: OptionSpec, value: Any) -> Any:
     """Returns ``value`` in the option's type; an int may be a float, a bool is no number."""
     if value is None and spec.optional:
         return None
-    if spec.type is float and isinstance(value, int) and not isinstance(value, bool):
+    if spec.type is float and _is_number(value):
         return float(value)
-    if spec.type is tuple and isinstance(value, (list, tuple)):
+    if spec.type is tuple and isinstance(value, (list, tuple)) and all(map(_is_number, value)):
         return tuple(value)
     if spec.type is Schedule:
-        try:
+        with suppress(ValueError):
             return Schedule.parse(value)
-        except ValueError as error:
-            raise ValueError(f"{spec.name} = {value!r} is not allowed: {error}") from error
-    if type(value) is spec.type:
+    elif type(value) is spec.type and spec.type is not tuple:
         return value
     words = {
         int: "an integer",
@@ -268,6 +267,7 @@ def _checked_type(spec: OptionSpec, value: Any) -> Any:
         bool: "true or false",
         str: "a word",
         tuple: "a list of numbers",
+        Schedule: FORMS,
     }
     none = " or none" if spec.optional else ""
     allowed = f" ({spec.allowed})" if spec.allowed else ""
@@ -276,11 +276,12 @@ def _checked_type(spec: OptionSpec, value: Any) -> Any:
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _checked_betas(betas: tuple[Any, ...]) -> tuple[float, float]:
-    numbers = [
-        beta for beta in betas if isinstance(beta, (int, float)) and not isinstance(beta, bool)
-    ]
-    if len(betas) != 2 or len(numbers) != 2 or not all(0 <= beta < 1 for beta in numbers):
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(
             f"betas = {betas!r} is not allowed: it must be two numbers, each >= 0 and < 1"
         )

@@ -54,7 +54,8 @@ class Muon:
         check_options(self)
         if len(self.ns_coefficients) != 3:
             raise ValueError(
-                f"ns_coefficients = {self.ns_coefficients!r} is not allowed: it must be 3 numbers"
+                f"ns_coefficients = {self.ns_coefficients!r} is not allowed: "
+                "it must be 3 numbers >= -100 and <= 100"
             )
 
     def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:

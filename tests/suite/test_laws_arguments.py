@@ -80,22 +80,94 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("eps", "small"),
     ("seed", -1),
     ("seed", 0.5),
+    # schedules and the stages' later ones
+    ("lr_schedule", "soon"),
+    ("lr_schedule", "1*0.5^(epoch)"),
+    ("lr_schedule", "1/0.5"),
+    ("lr_schedule", True),
+    ("lr_schedule", -1.0),
+    ("lr_schedule", NAN),
+    ("steps_per_epoch", 0.0),
+    ("nesterov", "yes"),
+    ("fallback_beta1", 1.0),
+    # those of factored, rotated and natural-gradient methods
+    ("block_size", 0),
+    ("block_size", 2.5),
+    ("max_dim", 0),
+    ("large_dim", "both"),
+    ("merge_dims", "no"),
+    ("exponent", 0.0),
+    ("exponent", -0.25),
+    ("accumulate", "max"),
+    ("inverse_interval", 0),
+    ("eps_mode", "mean"),
+    ("root_method", "svd"),
+    ("stagger", 1),
+    ("tail_decay", 1.5),
+    ("max_elements", 0),
+    ("projection_interval", 0),
+    ("basis_interval", 0),
+    ("basis_method", "lu"),
+    ("first_svd", "never"),
+    ("rotated_momentum", "on"),
+    ("reproject_moments", 0),
+    ("clip_threshold", 0.0),
+    ("shampoo_beta", 1.0),
+    ("beta", 1.5),
+    ("gamma", -0.1),
+    ("damping", "fast"),
+    ("damping", -0.1),
+    ("damping", 0.0),
+    ("damping", "0.1/0@epoch3"),
+    ("damping_decay", 0.0),
+    ("damping_mode", "trace"),
+    ("sketch_size", 0),
+    ("ns_steps", 0),
+    ("ns_steps", 100),
+    ("ns_coefficients", (1.0, 2.0)),
+    ("ns_coefficients", ("a", "b", "c")),
+    ("ns_coefficients", (1.0, 2.0, NAN)),
+    ("ns_dtype", "float16"),
+    ("adjust_lr_fn", "sqrt"),
 ]
 
 
-@pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=str)
-def test_bad_values_are_refused(name: str, option: str, value: Any) -> None:
-    specs = option_specs(name)
-    if option not in specs:
-        pytest.skip(f"{name} has no {option}")
+@pytest.mark.parametrize(
+    ("row", "option", "value"),
+    [
+        (row, option, value)
+        for row in list_optimizers()
+        for option, value in BAD_VALUES
+        if option in option_specs(row)
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused(row: str, option: str, value: Any) -> None:
+    specs = option_specs(row)
     with pytest.raises(ValueError) as caught:
-        resolve(name, {option: value})
+        resolve(row, {option: value})
     message = str(caught.value)
     assert option in message
-    assert repr(value) in message
+    assert repr(value) in message or str(value) in message
     assert re.search(r"must be \S+", message)
     allowed = specs[option].allowed
     assert all(word in message for word in re.findall(r"[-\d.]+|'\w+'", allowed))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("shampoo", {"root_method": "newton", "exponent": 0.3}, ["exponent = 0.3", "whole number"]),
+        ("sketchy", {"tail_decay": 0.9}, ["tail_decay = 0.9", "beta2 = 0.999"]),
+    ],
+    ids=["exponent that newton cannot reach", "escaped mass that decays faster"],
+)
+def test_values_that_do_not_go_together_are_refused(
+    name: str, options: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(name, options)
+    assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.parametrize("option", ["lr", "weight_decay"])
@@ -103,6 +175,11 @@ def test_bad_values_are_refused(name: str, option: str, value: Any) -> None:
 def test_bad_rates_are_refused(name: str, option: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{option} = {value!r}.*>= 0"):
         create_optimizer([parameter(3, 3)], name, **{option: value})
+
+
+def test_every_bad_value_is_of_some_optimizer() -> None:
+    known = {option for row in list_optimizers() for option in option_specs(row)}
+    assert {option for option, _ in BAD_VALUES} <= known
 
 
 def test_unknown_options_are_refused_with_the_nearest(name: str) -> None:
