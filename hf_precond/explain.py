@@ -22,7 +22,7 @@ class GroupRow:
     """One parameter of the explanation table.
 
     Attributes:
-        view: its views or their tiles, ``G x [M, B]`` each.
+        view: its views, ``G x [M, B]`` each, and their tiles.
         algorithm: registry name, the graft partner's step, or the fallback's name.
         rank: rank used for each view; empty where the algorithm has none.
         state_bytes: bytes of its optimizer state.
@@ -70,7 +70,7 @@ def explain_groups(
             GroupRow(
                 parameter=info.name,
                 shape=tuple(info.param.shape),
-                view="; ".join(_pieces(*pair) for pair in zip(found.views, places, strict=True))
+                view="; ".join(_words(*pair) for pair in zip(found.views, places, strict=True))
                 or "-",
                 algorithm=_algorithm_words(recipe, places),
                 rank="/".join(str(rank) for rank in sorted(ranks)),
@@ -83,9 +83,12 @@ def explain_groups(
     return rows
 
 
-def _pieces(view: ParamView, place: Placement) -> str:
-    """The view, or the tiles it is cut into."""
-    return "; ".join(str(piece) for piece in (tile(view, *place.tile) if place.tile else (view,)))
+def _words(view: ParamView, place: Placement) -> str:
+    """The view, and the tiles it is cut into."""
+    if place.tile is None or tile(view, *place.tile) == (view,):
+        return str(view)
+    rows, columns = (min(pair) for pair in zip(place.tile, view.shape[1:], strict=True))
+    return f"{view} in tiles of {rows}x{columns}"
 
 
 def _algorithm_words(recipe: Recipe, places: list[Placement]) -> str:

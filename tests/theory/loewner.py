@@ -30,6 +30,11 @@ def spectrum(dense: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(dense).flip(-1).clamp(min=0)
 
 
+def trace(dense: Tensor) -> Tensor:
+    """Sum of the diagonal, [...]."""
+    return dense.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
 def inverse_power(dense: Tensor, exponent: float) -> Tensor:
     """A^(-exponent) of symmetric positive definite matrices [..., N, N]."""
     values, vectors = torch.linalg.eigh(dense)
