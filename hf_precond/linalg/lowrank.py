@@ -13,17 +13,21 @@ from hf_precond.linalg.eigen import eigh
 from hf_precond.linalg.svd import thin_svd
 
 
-def add_gram(vectors: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the eigenvectors and descending eigenvalues of U diag(s) U^T + C C^T.
+def add_gram(
+    vectors: Tensor, values: Tensor, columns: Tensor, *, keep: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the leading eigenvectors and all eigenvalues, descending, of U diag(s) U^T + C C^T.
 
     Args:
         vectors: U ``[..., N, K]``.
         values: s ``[..., K]``.
         columns: C ``[..., N, L]``.
+        keep: number of eigenvectors wanted.
 
     Returns:
-        ``[..., N, J]`` and ``[..., J]``, J = min(N, K + L). By an eigendecomposition of size J: the
-        matrix itself where K + L >= N, else the small one of the symmetric Brand update.
+        ``[..., N, min(keep, J)]`` and ``[..., J]``, J = min(N, K + L). By an eigendecomposition of
+        size J: the matrix itself where K + L >= N, else the small one of the symmetric Brand
+        update.
 
     Raises:
         DecompositionError: if the eigendecomposition fails in float64.
@@ -31,18 +35,20 @@ def add_gram(vectors: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, 
     size, rank, extra = *vectors.shape[-2:], columns.shape[-1]
     if rank + extra >= size:
         whole = (vectors * values.unsqueeze(-2)) @ vectors.mT
-        new_values, new_vectors = eigh(whole + columns @ columns.mT)
+        new_values, leading = eigh(whole + columns @ columns.mT)
+        new_vectors = leading.flip(-1)[..., :keep]
     else:
         inside, outside, coefs = _split(vectors, columns)
         stacked = torch.cat([inside, coefs], -2)
         old = torch.cat([values, values.new_zeros(*values.shape[:-1], extra)], -1)
-        new_values, small = eigh(stacked @ stacked.mT + torch.diag_embed(old))
-        new_vectors = torch.cat([vectors, outside], -1) @ small
-    new_values, new_vectors = new_values.flip(-1), new_vectors.flip(-1)
+        new_values, leading = eigh(stacked @ stacked.mT + torch.diag_embed(old))
+        leading = leading.flip(-1)[..., :keep]
+        new_vectors = (vectors @ leading[..., :rank, :]).add_(outside @ leading[..., rank:, :])
+    new_values = new_values.flip(-1)
     # What is below rounding of the largest is noise, and its vector need not even be of norm one.
     noise = size * torch.finfo(values.dtype).eps * new_values[..., :1]
     alive = new_values > noise
-    return new_vectors * alive.unsqueeze(-2), new_values * alive
+    return new_vectors.mul_(alive[..., None, : new_vectors.shape[-1]]), new_values * alive
 
 
 def inverse_power(
@@ -71,8 +77,14 @@ def _split(vectors: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rest = columns - vectors @ inside
     again = vectors.mT @ rest  # one pass loses orthogonality where columns lie nearly in the span
     inside, rest = inside + again, rest - vectors @ again
+    noise = columns.shape[-2] * torch.finfo(columns.dtype).eps
+    floor = noise * torch.linalg.matrix_norm(columns).unsqueeze(-1)
+    if columns.shape[-1] == 1:
+        size = torch.linalg.vector_norm(rest, dim=-2)
+        alive = size > floor
+        unit = rest / torch.where(alive, size, torch.full_like(size, torch.inf)).unsqueeze(-2)
+        return inside, unit, (size * alive).unsqueeze(-1)
     # Not QR: without pivoting a dependent column takes a direction from those after it.
     outside, sizes, mix = thin_svd(rest)
-    noise = columns.shape[-2] * torch.finfo(columns.dtype).eps
-    alive = sizes > noise * torch.linalg.matrix_norm(columns).unsqueeze(-1)
+    alive = sizes > floor
     return inside, outside * alive.unsqueeze(-2), (sizes * alive).unsqueeze(-1) * mix.mT

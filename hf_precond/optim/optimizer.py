@@ -306,11 +306,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             if place.reason:
                 displaced.setdefault(place, []).append(names[index])
         for place, found in displaced.items():
+            first = list(dict.fromkeys(found))
             what = self.recipe.fallback.fallback if place.role == _FALLBACK else "the graft step"
             logger.warning(
                 "%s: %d matrices follow %s: %s (%s%s)",
                 *(self.recipe.name, len(found), what, place.reason),
-                *(", ".join(found[:3]), ", ..." if len(found) > 3 else ""),
+                *(", ".join(first[:3]), ", ..." if len(first) > 3 else ""),
             )
 
     def _ensure_state(self) -> None:

@@ -53,8 +53,10 @@ class FrequentDirections:
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
         ctx.due(1)
         column = g_GMB.flatten(1).unsqueeze(-1)
-        vectors, values = add_gram(state["sketch_vectors"], state["sketch_values"], column)
-        vectors, values, lost = shrink(vectors, values, self.rank, self.rank)
+        vectors, values = add_gram(
+            state["sketch_vectors"], state["sketch_values"], column, keep=self.rank
+        )
+        vectors, values, lost = shrink(vectors, values, self.rank)
         state["sketch_vectors"].copy_(vectors)
         state["sketch_values"].copy_(values)
         state["escaped_mass"].add_(lost)
@@ -69,21 +71,20 @@ class FrequentDirections:
         return inverse_power(state["sketch_vectors"], values, tail, x, self.power).view(g_GMB.shape)
 
 
-def shrink(vectors: Tensor, values: Tensor, rank: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes the ``index``-th largest eigenvalue off all and keeps ``rank`` of them.
+def shrink(vectors: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes the ``index``-th largest eigenvalue off all.
 
     Args:
-        vectors: ``[..., N, J]``, values ``[..., J]`` descending, all of the spectrum that is not
-            zero.
+        vectors: ``[..., N, K]``, of the K largest eigenvalues.
+        values: ``[..., J]`` descending, J >= K, all of the spectrum that is not zero.
 
     Returns:
-        vectors ``[..., N, min(rank, N)]``, values, and what was taken off, ``[...]``.
+        vectors, their values ``[..., K]``, and what was taken off, ``[...]``.
     """
-    size, count = vectors.shape[-2:]
+    kept, count = vectors.shape[-1], values.shape[-1]
     lost = values[..., index - 1] if index <= count else values.new_zeros(values.shape[:-1])
-    kept = min(rank, size)
     values = (values[..., :kept] - lost.unsqueeze(-1)).clamp(min=0)
-    return vectors[..., :kept] * (values > 0).unsqueeze(-2), values, lost
+    return vectors * (values > 0).unsqueeze(-2), values, lost
 
 
 _DEFAULTS = {"graft": "adam", "momentum_site": "gradient", "attention_grouping": "kernel"}

@@ -89,9 +89,12 @@ class Sketchy:
         new: State = {}
         for side, x in zip(_SIDES, (g_GMB, g_GMB.mT), strict=True):
             vectors, values = add_gram(
-                state[f"{side}_vectors"], self.beta2 * state[f"{side}_values"], weight**0.5 * x
+                state[f"{side}_vectors"],
+                self.beta2 * state[f"{side}_values"],
+                weight**0.5 * x,
+                keep=self.rank,
             )
-            vectors, values, lost = shrink(vectors, values, self.rank, index)
+            vectors, values, lost = shrink(vectors, values, index)
             new[f"{side}_vectors"], new[f"{side}_values"] = vectors, values
             new[f"{side}_mass"] = self._tail_decay * state[f"{side}_mass"] + lost
         # Written only when both sides are there: after a failed factorisation they still fit.
