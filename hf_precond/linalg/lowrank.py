@@ -19,13 +19,13 @@ def add_gram(
     """Returns the leading eigenvectors and all eigenvalues, descending, of U diag(s) U^T + C C^T.
 
     Args:
-        vectors: U ``[..., N, K]``.
-        values: s ``[..., K]``.
-        columns: C ``[..., N, L]``.
+        vectors: U ``[G, N, K]``; fastest as the transpose of rows ``[G, K, N]``.
+        values: s ``[G, K]``.
+        columns: C ``[G, N, L]``.
         keep: number of eigenvectors wanted.
 
     Returns:
-        ``[..., N, min(keep, J)]`` and ``[..., J]``, J = min(N, K + L). By an eigendecomposition of
+        ``[G, N, min(keep, J)]`` and ``[G, J]``, J = min(N, K + L). By an eigendecomposition of
         size J: the matrix itself where K + L >= N, else the small one of the symmetric Brand
         update.
 
@@ -35,20 +35,20 @@ def add_gram(
     size, rank, extra = *vectors.shape[-2:], columns.shape[-1]
     if rank + extra >= size:
         whole = (vectors * values.unsqueeze(-2)) @ vectors.mT
-        new_values, leading = eigh(whole + columns @ columns.mT)
-        new_vectors = leading.flip(-1)[..., :keep]
-    else:
-        inside, outside, coefs = _split(vectors, columns)
-        stacked = torch.cat([inside, coefs], -2)
-        old = torch.cat([values, values.new_zeros(*values.shape[:-1], extra)], -1)
-        new_values, leading = eigh(stacked @ stacked.mT + torch.diag_embed(old))
-        leading = leading.flip(-1)[..., :keep]
-        new_vectors = (vectors @ leading[..., :rank, :]).add_(outside @ leading[..., rank:, :])
+        new_values, new_vectors = eigh(whole + columns @ columns.mT)
+        new_values, new_vectors = new_values.flip(-1), new_vectors.flip(-1)[..., :keep]
+        alive = _above_noise(new_values, size)
+        return new_vectors * alive[..., None, : new_vectors.shape[-1]], new_values * alive
+    inside, outside, coefs = _split(vectors, columns)
+    stacked = torch.cat([inside, coefs], -2)
+    old = torch.cat([values, values.new_zeros(*values.shape[:-1], extra)], -1)
+    new_values, small = eigh(stacked @ stacked.mT + torch.diag_embed(old))
     new_values = new_values.flip(-1)
-    # What is below rounding of the largest is noise, and its vector need not even be of norm one.
-    noise = size * torch.finfo(values.dtype).eps * new_values[..., :1]
-    alive = new_values > noise
-    return new_vectors.mul_(alive[..., None, : new_vectors.shape[-1]]), new_values * alive
+    alive = _above_noise(new_values, size)
+    small = (small.flip(-1) * alive.unsqueeze(-2))[..., :keep].mT
+    # As rows: thin matrices multiply and pass memory faster the long way.
+    rows = torch.baddbmm(small[..., rank:] @ outside.mT, small[..., :rank], vectors.mT)
+    return rows.mT, new_values * alive
 
 
 def inverse_power(
@@ -63,8 +63,15 @@ def inverse_power(
     shift = torch.where(alive, tail, torch.ones_like(tail)).unsqueeze(-1)
     outer = shift.pow(-exponent)
     weights = (values + shift).pow(-exponent) - outer
-    lifted = vectors @ (weights.unsqueeze(-1) * (vectors.mT @ x))
-    return (x * outer.unsqueeze(-1) + lifted) * alive[..., None, None]
+    inside = (weights * alive.unsqueeze(-1)).unsqueeze(-1) * (vectors.mT @ x)
+    return torch.baddbmm(
+        (x * (outer * alive.unsqueeze(-1)).unsqueeze(-1)).mT, inside.mT, vectors.mT
+    ).mT
+
+
+def _above_noise(values: Tensor, size: int) -> Tensor:
+    """Which of the descending eigenvalues are no rounding of the largest."""
+    return values > size * torch.finfo(values.dtype).eps * values[..., :1]
 
 
 def _split(vectors: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,10 +80,11 @@ def _split(vectors: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Columns inside the span of U leave nothing but rounding, which must not pass for a direction:
     their rows of R and columns of Q are zero.
     """
-    inside = vectors.mT @ columns
-    rest = columns - vectors @ inside
-    again = vectors.mT @ rest  # one pass loses orthogonality where columns lie nearly in the span
-    inside, rest = inside + again, rest - vectors @ again
+    rows = vectors.mT
+    inside = rows @ columns
+    rest = torch.baddbmm(columns.mT, inside.mT, rows, alpha=-1).mT
+    again = rows @ rest  # one pass loses orthogonality where columns lie nearly in the span
+    inside, rest = inside + again, torch.baddbmm(rest.mT, again.mT, rows, alpha=-1).mT
     noise = columns.shape[-2] * torch.finfo(columns.dtype).eps
     floor = noise * torch.linalg.matrix_norm(columns).unsqueeze(-1)
     if columns.shape[-1] == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.eigen import DecompositionError, eigh
+from hf_precond.linalg.eigen import DecompositionError, eigh, eigvalsh
 
 ROOT_METHODS = ("eigh", "newton")
 # From a smallest eigenvalue of 1e-7 of the largest, Newton needs 17 steps up and 5 to converge.
@@ -18,28 +18,40 @@ _NEWTON_ITERS = 30
 _SQUARINGS = 12
 
 
-def inverse_root(a_NN: Tensor, exponent: float, ridge: Tensor, *, method: str = "eigh") -> Tensor:
+def inverse_root(
+    a_NN: Tensor,
+    exponent: float,
+    ridge: Tensor,
+    *,
+    relative: bool = False,
+    method: str = "eigh",
+) -> Tensor:
     """Returns ``(A + ridge I)^(-exponent)`` of matrices ``[..., N, N]``.
 
     Args:
         exponent: positive; ``"newton"`` needs one over a whole number.
         ridge: ``[...]``, added to every eigenvalue; outside float64 at least 1e-6 of the largest,
             below which eigenvalues are rounding. Where it is zero the result is zero.
+        relative: whether ``ridge`` is a share of the largest eigenvalue.
 
     Raises:
         DecompositionError: if the eigendecomposition fails in float64, too.
     """
-    alive = ridge > 0
-    shift = torch.where(alive, ridge, torch.ones_like(ridge))
     if method == "newton":
-        shift = _floored(shift, largest_eigenvalue(a_NN, method=method)).unsqueeze(-1)
-        root = _newton_inverse_root(
-            a_NN + torch.diag_embed(shift.expand(a_NN.shape[:-1])), exponent
-        )
+        largest = largest_eigenvalue(a_NN, method=method)
     else:
         values, vectors = eigh(a_NN)
         values = values.clamp(min=0)
-        shift = _floored(shift, values[..., -1]).unsqueeze(-1)
+        largest = values[..., -1]
+    ridge = ridge * largest if relative else ridge
+    alive = ridge > 0
+    if a_NN.dtype != torch.float64:
+        ridge = torch.maximum(ridge, 1e-6 * largest)
+    shift = torch.where(alive, ridge, torch.ones_like(ridge)).unsqueeze(-1)
+    if method == "newton":
+        shifted = a_NN + torch.diag_embed(shift.expand(a_NN.shape[:-1]))
+        root = _newton_inverse_root(shifted, exponent)
+    else:
         root = (vectors * (values + shift).pow(-exponent).unsqueeze(-2)) @ vectors.mT
     return root * alive[..., None, None]
 
@@ -54,17 +66,14 @@ def largest_eigenvalue(a_NN: Tensor, *, method: str = "eigh") -> Tensor:
     """Returns the largest eigenvalue ``[...]`` of positive semidefinite matrices.
 
     ``"newton"`` takes matrix products only: the Rayleigh quotient of A^(2^12), below the true value
-    by at most one part in 4,000.
+    by less than one part in 4096 / ln N, and that only where many eigenvalues crowd at the top.
 
     Raises:
-        DecompositionError: if the eigendecomposition fails.
+        DecompositionError: if the eigendecomposition fails in float64, too.
     """
     if method == "eigh":
-        try:
-            return torch.linalg.eigvalsh(a_NN)[..., -1].clamp(min=0)
-        except torch.linalg.LinAlgError as error:
-            raise DecompositionError(f"eigvalsh of {tuple(a_NN.shape)} failed: {error}") from error
-    norm = torch.linalg.matrix_norm(a_NN)[..., None, None]
+        return eigvalsh(a_NN)[..., -1].clamp(min=0)
+    norm = _norm(a_NN)
     power = a_NN / torch.where(norm > 0, norm, torch.ones_like(norm))
     for _ in range(_SQUARINGS):
         power = power @ power
@@ -90,7 +99,7 @@ def _newton_inverse_root(a_NN: Tensor, exponent: float) -> Tensor:
     order = root_order(exponent)
     assert order is not None, "options are checked where the algorithm is built"
     eye = torch.eye(a_NN.shape[-1], dtype=a_NN.dtype, device=a_NN.device)
-    scale = (1 + order) / (2 * torch.linalg.matrix_norm(a_NN)[..., None, None])
+    scale = (1 + order) / (2 * _norm(a_NN))
     power, root = a_NN * scale, eye * scale**exponent
     for _ in range(_NEWTON_ITERS):
         step = ((1 + order) * eye - power) / order
@@ -99,8 +108,11 @@ def _newton_inverse_root(a_NN: Tensor, exponent: float) -> Tensor:
     return root
 
 
-def _floored(ridge: Tensor, largest: Tensor) -> Tensor:
-    return ridge if ridge.dtype == torch.float64 else torch.maximum(ridge, 1e-6 * largest)
+def _norm(a_NN: Tensor) -> Tensor:
+    """Frobenius norms ``[..., 1, 1]``; squares of gradients' squares leave the range of float32."""
+    peak = a_NN.abs().amax((-2, -1), keepdim=True)
+    unit = torch.where(peak > 0, peak, torch.ones_like(peak))
+    return peak * torch.linalg.matrix_norm(a_NN / unit, keepdim=True)
 
 
 def _trace(a_NN: Tensor) -> Tensor:

@@ -242,6 +242,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._params: list[Tensor] = []
         self._group_of: list[int] = []
         self._steps: list[int] = []
+        self._num_reported = 0
         self._health = Health()
 
     def _forget_banks(self) -> None:
@@ -299,12 +300,13 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return plan_buckets(planned, max_elements=self.recipe.numerics.bucket_size)
 
     def _log_displaced(self) -> None:
-        """Says which matrices the algorithm does not take, and why."""
+        """Says once which matrices the algorithm does not take, and why."""
         displaced: dict[Placement, list[str]] = {}
-        names = self.param_names
-        for index, _, place in self._placed_views():
+        views, names = list(self._placed_views()), self.param_names
+        for index, _, place in views[self._num_reported :]:
             if place.reason:
                 displaced.setdefault(place, []).append(names[index])
+        self._num_reported = len(views)
         for place, found in displaced.items():
             first = list(dict.fromkeys(found))
             what = self.recipe.fallback.fallback if place.role == _FALLBACK else "the graft step"
@@ -324,8 +326,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             number for number, group in enumerate(self.param_groups) for _ in group["params"]
         ]
         saved = [self.state.get(param, {}) for param in self._params]
-        if not any(saved):
-            self._log_displaced()
+        self._log_displaced()
         buckets = self._plan_buckets()
         self._owners = {
             "parameter": len(self._params),

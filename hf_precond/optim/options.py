@@ -132,7 +132,7 @@ class Recipe:
         return int(getattr(self.algorithm, "min_block_size", 1))
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Returns all options flat, as plain data, as they would be given again."""
+        """Returns all options flat, as plain data, with what the name fixes."""
         flat: dict[str, Any] = {"betas": list(self.betas)}
         parts = (
             self.algorithm,

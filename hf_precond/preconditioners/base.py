@@ -63,7 +63,8 @@ class StepContext:
             due = since >= 0 and since % interval == 0
             self.refreshed |= due
             return slice(None) if due else None
-        turns = [since - int(phase * interval) for phase in self.phases]
+        # A phase is a quotient: a hair below a whole number is that number.
+        turns = [since - int(phase * interval + 1e-6) for phase in self.phases]
         groups = [index for index, turn in enumerate(turns) if turn >= 0 and turn % interval == 0]
         self.refreshed |= bool(groups)
         return groups or None

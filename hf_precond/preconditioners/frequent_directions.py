@@ -5,7 +5,7 @@ kept as U diag(s) U^T + rho I of rank ell (Ghashami et al. 2016). After a gradie
 ell-th eigenvalue is taken off all and goes to rho. Direction (U diag(s) U^T + (rho + eps) I)^(-p) g
 with p = 1/2 (Ada-FD, Wan and Zhang 2018) or p = 1 (SON-FD, Luo et al. 2016).
 
-    U, s, rho   sketch_vectors [G, N, L], sketch_values [G, L], escaped_mass [G]    N = M B
+    U^T, s, rho   sketch_rows [G, L, N], sketch_values [G, L], escaped_mass [G]    N = M B
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FrequentDirections:
         groups, size = shape[0], shape[1] * shape[2]
         rank = min(self.rank, size)
         return {
-            "sketch_vectors": torch.zeros(groups, size, rank, dtype=dtype, device=device),
+            "sketch_rows": torch.zeros(groups, rank, size, dtype=dtype, device=device),
             "sketch_values": torch.zeros(groups, rank, dtype=dtype, device=device),
             "escaped_mass": torch.zeros(groups, dtype=dtype, device=device),
         }
@@ -54,10 +54,10 @@ class FrequentDirections:
         ctx.due(1)
         column = g_GMB.flatten(1).unsqueeze(-1)
         vectors, values = add_gram(
-            state["sketch_vectors"], state["sketch_values"], column, keep=self.rank
+            state["sketch_rows"].mT, state["sketch_values"], column, keep=self.rank
         )
         vectors, values, lost = shrink(vectors, values, self.rank)
-        state["sketch_vectors"].copy_(vectors)
+        state["sketch_rows"].copy_(vectors.mT)
         state["sketch_values"].copy_(values)
         state["escaped_mass"].add_(lost)
 
@@ -68,11 +68,12 @@ class FrequentDirections:
             # Below this the difference of the two powers is rounding noise.
             tail = torch.maximum(tail, 1e-6 * values[..., 0])
         x = g_GMB.flatten(1).unsqueeze(-1)
-        return inverse_power(state["sketch_vectors"], values, tail, x, self.power).view(g_GMB.shape)
+        out = inverse_power(state["sketch_rows"].mT, values, tail, x, self.power)
+        return out.reshape(g_GMB.shape)
 
 
 def shrink(vectors: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes the ``index``-th largest eigenvalue off all.
+    """Takes the ``index``-th largest eigenvalue off all; writes to ``vectors``.
 
     Args:
         vectors: ``[..., N, K]``, of the K largest eigenvalues.
@@ -84,7 +85,7 @@ def shrink(vectors: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor,
     kept, count = vectors.shape[-1], values.shape[-1]
     lost = values[..., index - 1] if index <= count else values.new_zeros(values.shape[:-1])
     values = (values[..., :kept] - lost.unsqueeze(-1)).clamp(min=0)
-    return vectors * (values > 0).unsqueeze(-2), values, lost
+    return vectors.mul_((values > 0).unsqueeze(-2)), values, lost
 
 
 _DEFAULTS = {"graft": "adam", "momentum_site": "gradient", "attention_grouping": "kernel"}

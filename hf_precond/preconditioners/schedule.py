@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -51,8 +52,8 @@ class Schedule:
         0.05
 
         Raises:
-            ValueError: if it is none of the three forms, or falls to nothing in a step (a factor or
-                period that is not positive).
+            ValueError: if it is none of the three forms, or a factor, period or start is not
+                positive and finite.
         """
         if isinstance(value, Schedule):
             return value
@@ -60,7 +61,7 @@ class Schedule:
         text = "/".join(str(part).replace(" ", "") for part in parts)
         if match := _EXPONENTIAL.fullmatch(text):
             factor, period = float(match["factor"]), float(match["period"])
-            if factor > 0 and period > 0:
+            if 0 < factor < inf and 0 < period < inf:
                 return cls(text, float(match["initial"]), factor, match["unit"], period)
         elif not isinstance(value, bool):
             first, *rest = text.split("/")
@@ -71,7 +72,8 @@ class Schedule:
                     for entry in entries
                     if entry
                 )
-                return cls(text, float(first), table=table)
+                if all(0 <= start < inf for _, start, _ in table):
+                    return cls(text, float(first), table=table)
         raise ValueError(f"{value!r} is not a schedule: it must be {FORMS}")
 
     @property
@@ -85,10 +87,16 @@ class Schedule:
         Args:
             step: 1 for the first.
             epoch: asked only where the schedule speaks of epochs.
+
+        Raises:
+            ValueError: if an exponential has grown out of the range of numbers.
         """
         if self.factor != 1.0:
             passed = epoch() if self.unit == "epoch" else step - 1
-            return float(self.initial * self.factor ** (passed / self.period))
+            try:
+                return float(self.initial * self.factor ** (passed / self.period))
+            except OverflowError:
+                raise ValueError(f"schedule {self.text!r} is out of range at step {step}") from None
         value = self.initial
         for unit, start, later in self.table:
             if (epoch() if unit == "epoch" else step) >= start:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.roots import ROOT_METHODS, inverse_root, largest_eigenvalue, root_order
+from hf_precond.linalg.roots import ROOT_METHODS, inverse_root, root_order
 from hf_precond.preconditioners.base import (
     OptimizerInfo,
     Placement,
@@ -138,9 +138,8 @@ class Shampoo:
     def _root(self, factor: Tensor, order: int) -> Tensor:
         exponent = 1 / (2 * order) if self.exponent is None else self.exponent
         ridge = factor.new_full(factor.shape[:1], self.eps)
-        if self.eps_mode == "relative":
-            ridge *= largest_eigenvalue(factor, method=self.root_method)
-        return inverse_root(factor, exponent, ridge, method=self.root_method)
+        relative = self.eps_mode == "relative"
+        return inverse_root(factor, exponent, ridge, relative=relative, method=self.root_method)
 
 
 def check_root_method(method: str, exponent: float | None) -> None:

@@ -102,6 +102,18 @@ def test_the_ridge_in_float32_is_not_below_rounding(method: str) -> None:
     assert_close(exact, dense_inverse_root(a, 0.5, 1e-9 * largest(a)), 1e-6)
 
 
+@per_method
+@per_scale
+def test_the_ridge_may_be_a_share_of_the_largest_eigenvalue(method: str, scale: float) -> None:
+    """Where that is zero there is no root."""
+    a = scale**2 * gram(8, 12, 2)
+    a[1] = 0.0
+    share = torch.full((2,), 1e-2)
+    root = inverse_root(a.float(), 0.5, share, relative=True, method=method)
+    assert_close(root[0], dense_inverse_root(a[0], 0.5, 1e-2 * largest(a[0])), 1e-3)
+    assert not root[1].any()
+
+
 @pytest.mark.parametrize("exponent", [0.5, 0.25])
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
 def test_newton_equals_eigh(exponent: float, condition: float) -> None:
@@ -179,6 +191,18 @@ def test_largest_eigenvalue(method: str, scale: float) -> None:
     a = scale**2 * gram(12, 5, 4, dead=3)
     found = largest_eigenvalue(a.float(), method=method)
     torch.testing.assert_close(found.double(), largest(a), rtol=1 / 4000, atol=0.0)
+
+
+@per_method
+@pytest.mark.parametrize("scale", [1e-12, 1e8])
+def test_wide_matrices_stay_in_range(method: str, scale: float) -> None:
+    """The squares of all entries together leave float32's range before any entry does."""
+    a = scale**2 * gram(256, 256)
+    found = largest_eigenvalue(a.float(), method=method)
+    torch.testing.assert_close(found.double(), largest(a), rtol=1 / 700, atol=0.0)
+    ridge = 1e-2 * largest(a)
+    root = inverse_root(a.float(), 0.25, ridge.float(), method=method)
+    assert_close(root, dense_inverse_root(a, 0.25, ridge), FLOAT32_TOLERANCE)
 
 
 @per_method
