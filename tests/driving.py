@@ -114,6 +114,6 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = 
 
 
 def assert_apart(actual: Tensor, expected: Tensor, least: float, what: str = "") -> None:
-    """Different by more than ``least`` times the largest expected entry: a law's premise matters."""
+    """Different by more than ``least`` times the largest expected entry: what differs matters."""
     difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     assert difference > least, f"{what}: differs only by {difference:.3e} of the largest entry"

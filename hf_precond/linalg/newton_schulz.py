@@ -26,9 +26,10 @@ def newton_schulz(
     """
     a, b, c = coefficients
     wide = x_MB.shape[-2] <= x_MB.shape[-1]
-    norm = torch.linalg.matrix_norm(x_MB, keepdim=True)
-    x = (x_MB / norm.clamp(min=eps)).to(dtype)
-    x = (x if wide else x.mT).reshape(-1, *(x.shape[-2:] if wide else x.shape[:-3:-1]))
+    stack = x_MB.reshape(-1, *x_MB.shape[-2:])
+    norm = torch.linalg.matrix_norm(stack, keepdim=True)
+    x = (stack / norm.clamp(min=eps)).to(dtype)
+    x = x if wide else x.mT
     for _ in range(steps):
         gram = x @ x.mT
         # Fused: in bf16 a sum of separately rounded products has twice the error.

@@ -39,7 +39,7 @@ def second_moments(grads: Tensor) -> Iterator[Tensor]:
 
 
 def sketch(driver: Driver) -> Tensor:
-    return loewner.low_rank(driver.state["sketch_vectors"], driver.state["sketch_values"])
+    return loewner.low_rank(driver.state["sketch_rows"].mT, driver.state["sketch_values"])
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
@@ -109,7 +109,8 @@ def test_full_rank_ada_fd_is_full_matrix_adagrad(stream: str, rank: int) -> None
 def test_full_rank_ada_fd_takes_the_steps_of_full_matrix_adagrad() -> None:
     """The same by name, with momentum and decoupled decay around it."""
     grads, start = random_matrices(STEPS, 3, 4, seed=1), random_matrices(3, 4)
-    options = {"eps": 1e-2, "momentum": "ema", "weight_decay": 0.1}
+    momentum = {"momentum": "ema", "momentum_site": "gradient"}
+    options = {"eps": 1e-2, "weight_decay": 0.1, **momentum}
     sketched = descend("ada_fd", start, replay(grads), STEPS, rank=SIZE, **options)
     whole = descend("full_matrix_adagrad", start, replay(grads), STEPS, root_interval=1, **options)
     assert_near(sketched, whole, EXACT_TOL)

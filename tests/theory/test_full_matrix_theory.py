@@ -1,4 +1,4 @@
-"""Full-matrix Adagrad as Duchi et al. prove it, and as the one-row case of Block Adam, in float64."""
+"""Full-matrix Adagrad by its theorems, and as Block Adam of one row, checked in float64."""
 
 from __future__ import annotations
 
