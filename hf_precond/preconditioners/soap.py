@@ -6,10 +6,10 @@ bases follow by one step of orthogonal iteration (QR) every ``basis_interval`` s
 
     L, R  left, right    Q_L, Q_R  left_basis, right_basis    M, V  exp_avg, exp_avg_sq [G, M, B]
 
-As in the authors' program the first step only makes the bases and moves nothing, so that a gradient
-is never seen in its own eigenbasis, where most of it would be rounding. New bases are taken at the
-beginning of the step after the one that made them due. M is kept in the bases and turned along with
-them, which equals keeping it outside and turning it at every step.
+As in the authors' program the first step only makes the bases (its weight decay is the shell's), so
+that a gradient is never seen in its own eigenbasis, where most of it would be rounding. New bases
+are taken at the beginning of the step after the one that made them due. M is kept in the bases and
+turned along with them, which equals keeping it outside and turning it at every step.
 
 Deviations: the iteration is shifted by a millionth of the trace and null spaces are completed from
 the previous basis, so that factors of low rank leave nothing to chance.

@@ -33,7 +33,7 @@ ROTATION_TOL = 1e-9
 # (1e-8) makes harmless but not small beyond this.
 OWN_BASES_TOL = 1e-6
 # Orthogonal iteration tells null directions apart by a shift of 1e-8 of the trace.
-ROUNDING_TOL = {"svd": 1e-9, "eigh": 1e-7, "qr": 1e-4}
+ROUNDING_TOL = {"svd": 1e-9, "eigh": 1e-9, "qr": 1e-5}
 ORTHONORMAL_TOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 Shape = tuple[int, int]
