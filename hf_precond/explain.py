@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
-from hf_precond.preconditioners.base import Placement, placement
+from hf_precond.preconditioners.base import FALLBACK, GRAFT, MAIN, Placement, placement
 from hf_precond.registry import resolve
 from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
 from hf_precond.views.tiles import tile
@@ -64,7 +64,7 @@ def explain_groups(
     rows = []
     for (info, found), size in zip(assigned, state_bytes, strict=True):
         places = [placement(recipe.algorithm, view.shape) for view in found.views]
-        taken = [view for view, at in zip(found.views, places, strict=True) if at.role == "main"]
+        taken = [view for view, at in zip(found.views, places, strict=True) if at.role == MAIN]
         ranks = {effective_rank(view.shape[2]) for view in taken} if effective_rank else set()
         rows.append(
             GroupRow(
@@ -93,11 +93,11 @@ def _words(view: ParamView, place: Placement) -> str:
 
 def _algorithm_words(recipe: Recipe, places: list[Placement]) -> str:
     words = {
-        "main": recipe.name,
-        "graft": "graft step",
-        "fallback": recipe.fallback.fallback,
+        MAIN: recipe.name,
+        GRAFT: "graft step",
+        FALLBACK: recipe.fallback.fallback,
     }
-    return "/".join(dict.fromkeys(words[place.role] for place in places)) or words["fallback"]
+    return "/".join(dict.fromkeys(words[place.role] for place in places)) or words[FALLBACK]
 
 
 def format_table(rows: Iterable[GroupRow]) -> str:

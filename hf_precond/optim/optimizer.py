@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,22 +20,26 @@ from hf_precond.linalg.precision import highest_matmul_precision
 from hf_precond.optim.banks import Bank
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.health import Health
+from hf_precond.optim.layout import (
+    PlacedView,
+    buckets_of,
+    displaced,
+    owner_counts,
+    placed_views,
+    refresh_phases,
+)
 from hf_precond.optim.options import Recipe
 from hf_precond.optim.pipeline import run, split_into_cohorts
-from hf_precond.optim.stages import (
-    NO_STAGES,
-    StageOptions,
-)
-from hf_precond.preconditioners.base import Placement, Preconditioner, State, placement
+from hf_precond.optim.stages import NO_STAGES, StageOptions
+from hf_precond.preconditioners.base import FALLBACK, GRAFT, MAIN, Preconditioner, State
 from hf_precond.preconditioners.diagonal import Identity
-from hf_precond.views.plan import Bucket, PlannedView, clusters, plan_buckets
-from hf_precond.views.tiles import tile
-from hf_precond.views.view import ParamView, check_cover, flat, rows
+from hf_precond.views.plan import Bucket, clusters
+from hf_precond.views.view import ParamView, check_cover, rows
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-_MAIN, _GRAFT, _FALLBACK = "main", "graft", "fallback"
+# A start step for what is left to the graft partner.
 _NEVER = 2**62
 
 
@@ -186,9 +189,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def plan(self) -> list[PlanRow]:
         """Returns parameters and state bytes per algorithm, without allocating anything."""
         names = {
-            _MAIN: self.recipe.name,
-            _GRAFT: f"graft step ({self.recipe.stages.graft})",
-            _FALLBACK: self.recipe.fallback.fallback,
+            MAIN: self.recipe.name,
+            GRAFT: f"graft step ({self.recipe.stages.graft})",
+            FALLBACK: self.recipe.fallback.fallback,
         }
         tensors: Counter[str] = Counter()
         params: Counter[str] = Counter()
@@ -255,9 +258,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return self._params[0].device if self._params else torch.device("cpu")
 
     def _algorithm(self, bucket: Bucket) -> tuple[Preconditioner, StageOptions]:
-        if bucket.key[0] == _MAIN:
+        if bucket.key[0] == MAIN:
             return self.recipe.algorithm, self.recipe.stages
-        if bucket.key[0] == _GRAFT:
+        if bucket.key[0] == GRAFT:
             return Identity(), replace(self.recipe.stages, start_step=_NEVER)
         return self.recipe.fallback_algorithm, NO_STAGES
 
@@ -270,51 +273,26 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             **stages.init(bucket.shape, dtype=dtype, device=device),
         }
 
-    def _placed_views(self) -> Iterator[tuple[int, ParamView, Placement]]:
-        """Yields (parameter index, view, where it goes) of all views."""
-        index = 0
-        for group in self.param_groups:
-            for param, plain in zip(group["params"], group["views"], strict=True):
-                views = [ParamView.from_plain(view) for view in plain]
-                for view in views:
-                    yield index, view, placement(self.recipe.algorithm, view.shape)
-                if not views:
-                    yield index, flat(param.shape), Placement(role=_FALLBACK)
-                index += 1
+    def _placed_views(self) -> list[PlacedView]:
+        return placed_views(self.param_groups, self.recipe.algorithm)
 
     def _plan_buckets(self) -> list[Bucket]:
         params = [param for group in self.param_groups for param in group["params"]]
-        planned, first_group = [], 0
-        for number, (index, view, place) in enumerate(self._placed_views()):
-            planned += [
-                PlannedView(
-                    param=index,
-                    view=piece,
-                    number=number,
-                    first_group=first_group,
-                    key=(place.role, params[index].device),
-                )
-                for piece in (tile(view, *place.tile) if place.tile else (view,))
-            ]
-            first_group += view.shape[0]
-        return plan_buckets(planned, max_elements=self.recipe.numerics.bucket_size)
+        max_elements = self.recipe.numerics.bucket_size
+        return buckets_of(self._placed_views(), params, max_elements=max_elements)
 
-    def _log_displaced(self) -> None:
+    def _log_displaced(self, placed: Sequence[PlacedView]) -> None:
         """Says once which matrices the algorithm does not take, and why."""
-        displaced: dict[Placement, list[str]] = {}
-        views, names = list(self._placed_views()), self.param_names
-        for index, _, place in views[self._num_reported :]:
-            if place.reason:
-                displaced.setdefault(place, []).append(names[index])
-        self._num_reported = len(views)
-        for place, found in displaced.items():
-            first = list(dict.fromkeys(found))
-            what = self.recipe.fallback.fallback if place.role == _FALLBACK else "the graft step"
+        names = self.param_names
+        for place, params in displaced(placed[self._num_reported :]).items():
+            what = self.recipe.fallback.fallback if place.role == FALLBACK else "the graft step"
+            found = list(dict.fromkeys(names[param] for param in params))
             logger.warning(
                 "%s: %d matrices follow %s: %s (%s%s)",
-                *(self.recipe.name, len(found), what, place.reason),
-                *(", ".join(first[:3]), ", ..." if len(first) > 3 else ""),
+                *(self.recipe.name, len(params), what, place.reason),
+                *(", ".join(found[:3]), ", ..." if len(found) > 3 else ""),
             )
+        self._num_reported = len(placed)
 
     def _ensure_state(self) -> None:
         """Lays the banks out, taking over what ``state`` holds after a load or a copy."""
@@ -326,16 +304,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             number for number, group in enumerate(self.param_groups) for _ in group["params"]
         ]
         saved = [self.state.get(param, {}) for param in self._params]
-        self._log_displaced()
+        placed = self._placed_views()
+        self._log_displaced(placed)
+        self._owners = owner_counts(placed, self._params)
         buckets = self._plan_buckets()
-        self._owners = {
-            "parameter": len(self._params),
-            "view": 1
-            + max((slot.number for bucket in buckets for slot in bucket.slots), default=0),
-            "group": sum(view.shape[0] for _, view, _ in self._placed_views()),
-        }
         banks: list[Bank] = []
-        for bucket, phases in zip(buckets, _phases(buckets), strict=True):
+        for bucket, phases in zip(buckets, refresh_phases(buckets), strict=True):
             bank = Bank(bucket, self._init_bucket(bucket, bucket.key[1]), phases)
             bank.adopt(saved)
             banks.append(bank)
@@ -439,25 +413,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     cohort.direction[groups],
                     -lr * scales[slot.param] * ratio * cohort.factor,
                 )
-
-
-def _phases(buckets: Sequence[Bucket]) -> list[tuple[float, ...]]:
-    """When each group of each bucket has its turn in a staggered refresh, as shares in [0, 1).
-
-    Groups take turns in order, each the share of the interval that its decomposition costs of all.
-    """
-    shapes = [bucket.shape for bucket in buckets]
-    costs = [
-        groups * [rows * size * min(rows, size) if bucket.key[0] == _MAIN else 0]
-        for bucket, (groups, rows, size) in zip(buckets, shapes, strict=True)
-    ]
-    total = sum(map(sum, costs)) or 1
-    done = [0, *accumulate(cost for of_bucket in costs for cost in of_bucket)]
-    ends = list(accumulate(map(len, costs)))
-    return [
-        tuple(start / total if start < total else 0.0 for start in done[end - len(of_bucket) : end])
-        for end, of_bucket in zip(ends, costs, strict=True)
-    ]
 
 
 def _group_names(group: dict[str, Any]) -> list[str]:

@@ -23,6 +23,9 @@ from hf_precond.preconditioners.schedule import Schedule
 Shape = tuple[int, int, int]
 State = dict[str, Tensor]
 
+# Roles of a view, see Placement.
+MAIN, GRAFT, FALLBACK = "main", "graft", "fallback"
+
 
 @dataclass(slots=True, kw_only=True)
 class StepContext:
@@ -119,7 +122,7 @@ class Placement:
         reason: why not ``"main"``, for logs and the explanation table.
     """
 
-    role: str = "main"
+    role: str = MAIN
     tile: tuple[int, int] | None = None
     reason: str = ""
 

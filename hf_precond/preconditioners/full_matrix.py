@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_precond.linalg.roots import ROOT_METHODS, inverse_root
 from hf_precond.preconditioners.base import (
+    FALLBACK,
     OptimizerInfo,
     Placement,
     Shape,
@@ -47,7 +48,7 @@ class FullMatrix:
         """Small groups only."""
         if shape[1] * shape[2] <= self.max_elements:
             return Placement()
-        return Placement(role="fallback", reason=f"more than max_elements = {self.max_elements}")
+        return Placement(role=FALLBACK, reason=f"more than max_elements = {self.max_elements}")
 
     def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
         groups, size = shape[0], shape[1] * shape[2]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_precond.linalg.roots import ROOT_METHODS, inverse_root, root_order
 from hf_precond.preconditioners.base import (
+    GRAFT,
     OptimizerInfo,
     Placement,
     Shape,
@@ -77,7 +78,7 @@ class Shampoo:
         large = [size > self.max_dim for size in dims]
         if all(large) or (any(large) and self.large_dim == "graft"):
             reason = f"a dimension over max_dim = {self.max_dim}"
-            return Placement(role="graft", reason=reason)
+            return Placement(role=GRAFT, reason=reason)
         rows, columns = (
             size if is_large else min(size, self.block_size)
             for size, is_large in zip(dims, large, strict=True)
