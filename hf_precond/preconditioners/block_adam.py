@@ -35,6 +35,7 @@ class BlockAdam:
 
     block_size: int = option(8, "weights of a block; the last of a row may be smaller", low=1)
     root_interval: int = option(1, "steps between inverse roots", low=1)
+    stagger: bool = option(False, "spread the inverse roots of the layers over the interval")
     beta2: float = option(
         0.999, "decay of the second moments", symbol="beta2", low=0, high=1, high_open=True
     )
@@ -61,17 +62,17 @@ class BlockAdam:
         }
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
-        due = ctx.due(self.root_interval)
+        groups = ctx.due_groups(self.root_interval, first=1, stagger=self.stagger)
         left, right = g_GMB.unsqueeze(-1), g_GMB.unsqueeze(-2)
-        if not due:
+        if groups is None:
             state["second_moment"].mul_(self.beta2).addcmul_(left, right, value=1 - self.beta2)
             return
         moment = (self.beta2 * state["second_moment"]).addcmul_(left, right, value=1 - self.beta2)
-        ridge = moment.new_full(moment.shape[:2], self.eps)
-        unbiased = moment / (1 - self.beta2**ctx.step)
+        ridge = moment.new_full(moment[groups].shape[:2], self.eps)
+        unbiased = moment[groups] / (1 - self.beta2**ctx.step)
         root = inverse_root(unbiased, 0.5, ridge, method=self.root_method)
         state["second_moment"].copy_(moment)
-        state["root"].copy_(root)
+        state["root"][groups] = root
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         return (state["root"] @ g_GMB.unsqueeze(-1)).squeeze(-1)

@@ -34,6 +34,7 @@ class FullMatrix:
 
     max_elements: int = option(4096, "larger groups follow the fallback algorithm", low=1)
     root_interval: int = option(1, "steps between inverse roots", low=1)
+    stagger: bool = option(False, "spread the inverse roots of the groups over the interval")
     eps: float = option(1e-8, "added inside the root", symbol="epsilon", low=0, low_open=True)
     root_method: str = option(
         "eigh",
@@ -60,14 +61,15 @@ class FullMatrix:
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
         flat = g_GMB.flatten(1).unsqueeze(-1)
-        if not ctx.due(self.root_interval):
+        groups = ctx.due_groups(self.root_interval, first=1, stagger=self.stagger)
+        if groups is None:
             state["second_moment"].baddbmm_(flat, flat.mT)
             return
         moment = state["second_moment"].baddbmm(flat, flat.mT)
-        ridge = moment.new_full(moment.shape[:1], self.eps)
-        root = inverse_root(moment, 0.5, ridge, method=self.root_method)
+        ridge = moment.new_full(moment[groups].shape[:1], self.eps)
+        root = inverse_root(moment[groups], 0.5, ridge, method=self.root_method)
         state["second_moment"].copy_(moment)
-        state["root"].copy_(root)
+        state["root"][groups] = root
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         return (state["root"] @ g_GMB.flatten(1).unsqueeze(-1)).view(g_GMB.shape)

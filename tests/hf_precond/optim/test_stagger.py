@@ -54,9 +54,12 @@ REFRESHES = {
     "adadiag_pp": ROTATED,
     "adafacdiag": ROTATED,
     "adafacdiag_pp": ROTATED,
+    "block_adam": Refresh(option="root_interval", key="root", first=1),
+    "full_matrix_adagrad": Refresh(option="root_interval", key="root", first=1),
     "shampoo": Refresh(option="inverse_interval", key="left_root", first=1),
     "soap": Refresh(option="basis_interval", key="left_basis", first=2 + INTERVAL, early=2),
 }
+WHOLE = {"block_size": 64}  # one tile each
 SHAPES = [(4, 5), (3, 9), (4, 5), (6, 8), (4, 5), (5,), (3, 9), (4, 5)]
 
 per_name = pytest.mark.parametrize("name", REFRESHES)
@@ -65,7 +68,7 @@ per_name = pytest.mark.parametrize("name", REFRESHES)
 def make(name: str, shapes: Sequence[tuple[int, ...]] = SHAPES, **options: Any) -> Any:
     """An optimizer of the shapes with a refresh every INTERVAL steps, staggered."""
     params = [parameter(*shape, seed=index) for index, shape in enumerate(shapes)]
-    defaults = {REFRESHES[name].option: INTERVAL, "update_interval": 1, "stagger": True}
+    defaults = {REFRESHES[name].option: INTERVAL, "update_interval": 1, "stagger": True, **WHOLE}
     return build(name, params, **{**defaults, **options})
 
 
@@ -80,6 +83,11 @@ def refreshed_tensors(optimizer: PreconditionedOptimizer) -> dict[tuple[str, int
     }
 
 
+def is_identity(matrix: Tensor) -> bool:
+    """True of one identity, or of a stack of them."""
+    return torch.equal(matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype).expand_as(matrix))
+
+
 def refreshes(
     optimizer: PreconditionedOptimizer, steps: int, grads: Any = random_grads
 ) -> dict[tuple[str, int], list[int]]:
@@ -88,7 +96,7 @@ def refreshes(
     before = refreshed_tensors(optimizer)
     found: dict[tuple[str, int], list[int]] = {group: [] for group in before}
     for name, matrix in before.items():
-        if not torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)):
+        if not is_identity(matrix):
             found[name].append(1)
     for step in range(2, steps + 1):
         run(optimizer, [step], grads)
@@ -158,10 +166,7 @@ def test_until_its_first_turn_a_group_keeps_what_it_has(name: str) -> None:
         pytest.skip("all groups have their first bases from the first gradient")
     optimizer = make(name, [(4, 5)] * INTERVAL)
     run(optimizer, range(1, REFRESHES[name].first + 1))
-    known = [
-        not torch.equal(matrix, torch.eye(4, dtype=matrix.dtype))
-        for matrix in refreshed_tensors(optimizer).values()
-    ]
+    known = [not is_identity(matrix) for matrix in refreshed_tensors(optimizer).values()]
     assert known == [True] + [False] * (INTERVAL - 1)
 
 
@@ -220,7 +225,7 @@ def test_tiles_have_turns_of_their_own() -> None:
 @per_name
 def test_groups_of_one_parameter_have_turns_of_their_own(name: str) -> None:
     views = list(fused_rows((16, 5), [("q", 8, 2), ("k", 8, 2)]))
-    options = {REFRESHES[name].option: INTERVAL, "update_interval": 1, "stagger": True}
+    options = {REFRESHES[name].option: INTERVAL, "update_interval": 1, "stagger": True, **WHOLE}
     optimizer = build(name, [group([parameter(16, 5)], [views])], **options)
     assert turns(optimizer) == [0, 1, 2, 3]
 
@@ -244,7 +249,7 @@ def test_without_stagger_all_groups_are_refreshed_together(name: str) -> None:
 @per_name
 def test_no_stagger_is_the_default(name: str) -> None:
     params = [parameter(*shape, seed=index) for index, shape in enumerate(SHAPES)]
-    plain = build(name, params, **{REFRESHES[name].option: INTERVAL, "update_interval": 1})
+    plain = build(name, params, **{REFRESHES[name].option: INTERVAL, "update_interval": 1, **WHOLE})
     steps = range(1, 3 * INTERVAL)
     assert_bit_equal(run(plain, steps), run(make(name, stagger=False), steps))
 
