@@ -2,6 +2,7 @@
 """Turns the JSON lines of scripts/sweep.py into a markdown table and a plot.
 
     scripts/plot_results.py results/wikitext2_gpt2_7m.jsonl
+    scripts/plot_results.py results/optimizers.jsonl --bench results/bench_step_optimizers.json
 
 Each variant is shown with its best learning rate: the one with the lowest mean final validation
 loss over its seeds. Times are not compared here: runs of a sweep may share the machine
@@ -21,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+COST_COLUMNS = ("optimizer step, of AdamW's", "whole step", "state")
 Curve = list[tuple[int, float]]
 """Validation loss by step, ascending."""
 
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         results = summarise(read_records(args.results))
-        table = markdown_table(results, baseline=args.baseline)
+        costs = {} if args.bench is None else read_costs(args.bench, args.baseline)
+        table = markdown_table(results, baseline=args.baseline, costs=costs)
     except ValueError as error:
         print(f"plot_results.py: error: {error}", file=sys.stderr)
         return 2
@@ -72,6 +75,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("results", type=Path, help="JSON lines of scripts/sweep.py")
     parser.add_argument("--output", type=Path, help="path without suffix; that of the results")
     parser.add_argument("--baseline", default="adamw_torch", help="variant the others are set to")
+    parser.add_argument(
+        "--bench", type=Path, help="JSON of scripts/bench_step.py: adds its columns"
+    )
     parser.add_argument("--title", help="title of the plot")
     return parser.parse_args(argv)
 
@@ -92,6 +98,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"results file {str(path)!r} holds no run")
     return records
+
+
+def read_costs(path: Path, baseline: str) -> dict[str, tuple[str, ...]]:
+    """Cells of a benchmark per optimizer: its step, a whole step and its state, of AdamW's.
+
+    The benchmark's first row, fused AdamW, is the baseline's.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"benchmark file {str(path)!r} does not exist")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    state = rows[0]["state_bytes"]
+    names = [baseline, *(row["name"].partition(":")[0] for row in rows[1:])]
+    return {
+        name: (
+            f"{row['optimizer_ratio']:.1f}",
+            f"{row['whole_step_ratio']:.2f}",
+            f"{row['state_bytes'] / state:.2f}",
+        )
+        for name, row in zip(names, rows, strict=True)
+    }
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[VariantResult]:
@@ -170,8 +199,16 @@ def steps_to_reach(curve: Curve, loss: float) -> float | None:
 # --- output ---------------------------------------------------------------------------------------
 
 
-def markdown_table(results: Sequence[VariantResult], *, baseline: str) -> str:
+def markdown_table(
+    results: Sequence[VariantResult],
+    *,
+    baseline: str,
+    costs: Mapping[str, tuple[str, ...]] | None = None,
+) -> str:
     """One row per variant; steps to the baseline's final loss, as a share of its steps.
+
+    Args:
+        costs: further cells per variant, see :func:`read_costs`.
 
     Raises:
         ValueError: the baseline is not among the variants.
@@ -180,17 +217,19 @@ def markdown_table(results: Sequence[VariantResult], *, baseline: str) -> str:
     if baseline not in by_name:
         raise ValueError(f"--baseline {baseline!r} must be one of {', '.join(by_name)}")
     target = by_name[baseline]
-    rows = [
-        "| optimizer | best learning rate | seeds | steps | validation loss | perplexity "
-        f"| steps to the loss of {baseline} |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    columns = (
+        *("best learning rate", "seeds", "steps", "validation loss", "perplexity"),
+        f"steps to the loss of {baseline}",
+        *(COST_COLUMNS if costs else ()),
+    )
+    rows = [f"| optimizer | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for result in results:
         steps = result.curve[-1][0]
         rows.append(
             f"| {result.name} | {result.learning_rate:g} | {result.seeds} | {steps} "
             f"| {result.final_loss:.4f} | {math.exp(result.final_loss):.1f} "
             f"| {_steps_cell(result, target)} |"
+            + "".join(f" {cell} |" for cell in _cost_cells(result.name, costs))
         )
     return "\n".join(rows)
 
@@ -221,9 +260,13 @@ def plot(results: Sequence[VariantResult], path: Path, *, title: str) -> None:
         axes.plot(steps, losses, marker="o", markersize=3, label=_legend(result))
     axes.set(xlabel="step", ylabel="validation loss [nats / token]", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", ncols=1 + len(results) // 8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _cost_cells(name: str, costs: Mapping[str, tuple[str, ...]] | None) -> tuple[str, ...]:
+    return costs.get(name, ("",) * len(COST_COLUMNS)) if costs else ()
 
 
 def _steps_cell(result: VariantResult, target: VariantResult) -> str:

@@ -52,6 +52,22 @@ def test_table_counts_steps_to_the_loss_of_the_baseline(plot_results: ModuleType
     assert "| 167 (83%) |" in shared
 
 
+def test_costs_of_a_benchmark_become_columns(plot_results: ModuleType, tmp_path: Path) -> None:
+    ratios = [("adamw_fused", 1.0, 1.0, 8), ("shared_basis_adam:rank=4", 3.0, 1.5, 10)]
+    keys = ("name", "optimizer_ratio", "whole_step_ratio", "state_bytes")
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"rows": [dict(zip(keys, row, strict=True)) for row in ratios]}))
+    table = plot_results.markdown_table(
+        plot_results.summarise(RECORDS),
+        baseline="adamw_torch",
+        costs=plot_results.read_costs(bench, "adamw_torch"),
+    )
+    header, rule, adamw, shared = table.splitlines()
+    assert header.count("|") == rule.count("|") == adamw.count("|") == shared.count("|")
+    assert adamw.endswith("| 1.0 | 1.00 | 1.00 |")
+    assert shared.endswith("| 3.0 | 1.50 | 1.25 |")
+
+
 def test_loss_never_reached_is_said(plot_results: ModuleType) -> None:
     assert plot_results.steps_to_reach([(1, 5.0), (2, 4.5)], 4.0) is None
 
