@@ -58,18 +58,29 @@ def placed_views(
 def buckets_of(
     placed: Sequence[PlacedView], params: Sequence[Tensor], *, max_elements: int
 ) -> list[Bucket]:
-    """Cuts views into tiles where that was asked for and stacks what has one role and shape."""
-    planned = [
-        PlannedView(
-            param=item.param,
-            view=piece,
-            number=number,
-            first_group=item.first_group,
-            key=(item.place.role, params[item.param].device),
-        )
-        for number, item in enumerate(placed)
-        for piece in (tile(item.view, *item.place.tile) if item.place.tile else (item.view,))
-    ]
+    """Cuts views into tiles where that was asked for and stacks what has one role and shape.
+
+    Views cut into pieces of several sizes tie the stacks they lie in together, because norms are
+    taken over whole parameters. Such views stack only among ``max_elements`` weights, so that what
+    is worked on at once stays bounded.
+    """
+    planned, cut = [], 0
+    for number, item in enumerate(placed):
+        pieces = tile(item.view, *item.place.tile) if item.place.tile else (item.view,)
+        chunk = 0
+        if len(pieces) > 1:
+            chunk = cut // max_elements
+            cut += item.view.numel
+        planned += [
+            PlannedView(
+                param=item.param,
+                view=piece,
+                number=number,
+                first_group=item.first_group,
+                key=(item.place.role, params[item.param].device, chunk),
+            )
+            for piece in pieces
+        ]
     return plan_buckets(planned, max_elements=max_elements)
 
 

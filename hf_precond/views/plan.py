@@ -11,6 +11,7 @@ from hf_precond.views.tiles import Tiles
 from hf_precond.views.view import ParamView
 
 AnyView = ParamView | Tiles
+Key = tuple[str, torch.device, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,14 +23,14 @@ class PlannedView:
         view: its window, or equal tiles of it.
         number: index of the window among all windows of the optimizer.
         first_group: index of the window's first group among all groups of the optimizer.
-        key: views stack only with views of an equal key (role, device).
+        key: views stack only with views of an equal key (role, device, chunk).
     """
 
     param: int
     view: AnyView
     number: int = 0
     first_group: int = 0
-    key: tuple[str, torch.device]
+    key: Key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class Slot:
 class Bucket:
     """A stack ``[G, M, B]`` of views of one block shape, worked on by one batched call."""
 
-    key: tuple[str, torch.device]
+    key: Key
     slots: tuple[Slot, ...]
 
     @property

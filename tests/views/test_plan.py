@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def planned(param: int, view: ParamView, algorithm: str = "a") -> PlannedView:
-    return PlannedView(param=param, view=view, key=(algorithm, CPU))
+    return PlannedView(param=param, view=view, key=(algorithm, CPU, 0))
 
 
 def test_equal_blocks_share_a_stack_in_order() -> None:

@@ -484,3 +484,17 @@ def test_tiles_equal_separate_parameters() -> None:
     run_with(together, grads, 0)
     expected = run(apart, STEPS, lambda _, step: [grads[step][0][place] for place in places])
     assert_same([whole.detach()[place] for place in places], expected, TOLERANCE)
+
+
+def test_tiles_of_several_sizes_are_stacked_in_bounded_chunks() -> None:
+    """Norms over parameters tie their stacks together: without a bound it would be all of them."""
+    params = [parameter(5, 5, seed=index) for index in range(6)]
+    optimizer = build("shampoo", params, block_size=3, bucket_size=50)
+    run(optimizer, [1])
+    sizes = [
+        sum(slot.view.numel for bank in cluster for slot in bank.bucket.slots)
+        for cluster in optimizer._clusters
+    ]
+    assert sizes == [50, 50, 50]
+    whole = build("shampoo", [parameter(5, 5, seed=index) for index in range(6)], block_size=3)
+    assert_same(run(optimizer, [2, 3]), run(whole, [1, 2, 3]), TOLERANCE)
