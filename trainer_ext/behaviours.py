@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_precond.registry import list_optimizers
 from trainer_ext import build, callbacks, checkpoint, model_card, resume
+from trainer_ext.served import served_names
 
 Stock = Callable[..., Any]
 
@@ -23,7 +23,7 @@ def get_optimizer_cls_and_kwargs(
     stock: Stock, args: TrainingArguments, model: nn.Module | None = None
 ) -> tuple[Any, Any]:
     """Builds our optimizers; ``optim_args`` of all others is left to the stock parser."""
-    if args.optim in list_optimizers():
+    if args.optim in served_names():
         return build.optimizer_cls_and_kwargs(args, model)
     return stock(args, model)
 

@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_precond.optim.optimizer import PreconditionedOptimizer
-from hf_precond.registry import list_optimizers
 from trainer_ext.build import plan_line
 from trainer_ext.log import get_logger
+from trainer_ext.served import served_names
 
 logger = get_logger(__name__)
 
@@ -31,7 +31,7 @@ class OptimizerInUseCallback(TrainerCallback):
         inner = unwrap(kwargs.get("optimizer"))
         ours = isinstance(inner, PreconditionedOptimizer)
         in_use = inner.algorithm_name if ours else type(inner).__name__
-        if args.optim in list_optimizers() and args.optim != in_use:
+        if args.optim in served_names() and args.optim != in_use:
             name = str(getattr(args.optim, "value", args.optim))
             raise RuntimeError(
                 f"optim={name!r} was asked for, but the optimizer in use is {in_use}"

@@ -17,10 +17,10 @@ from typing import Any
 import transformers
 from transformers import Trainer, trainer, trainer_optimizer, training_args
 
-from hf_precond.registry import list_optimizers
 from trainer_ext import behaviours
 from trainer_ext.build import optimizer_cls_and_kwargs
 from trainer_ext.callbacks import OptimizerInUseCallback
+from trainer_ext.served import MARK, served_names, warn_of_taken_names
 
 _BEHAVIOURS: Mapping[str, Callable[..., Any]] = {
     "log": behaviours.log,
@@ -47,6 +47,8 @@ class TransformersLayoutError(RuntimeError):
 def register() -> None:
     """Makes every name of the registry a valid ``--optim`` value of the stock Trainer. Idempotent.
 
+    A name that transformers has itself keeps its meaning there, with a warning.
+
     Raises:
         TransformersLayoutError: this release is laid out differently; nothing is changed.
     """
@@ -55,7 +57,8 @@ def register() -> None:
         return
     check_layout()
     with ExitStack() as undo:
-        for name in list_optimizers():
+        warn_of_taken_names()
+        for name in served_names():
             _add_optimizer(undo, name)
         for method, behaviour in _BEHAVIOURS.items():
             _wrap_method(undo, method, behaviour)
@@ -143,6 +146,7 @@ def _add_member(undo: ExitStack, names: type[Enum], value: str) -> Enum:
     member._name_, member._value_ = key, value
     member.__objclass__ = names
     member._sort_order_ = len(names._member_names_)
+    setattr(member, MARK, True)
     # training_args.bin must load where this package is missing: the member pickles as a plain str.
     member.__reduce_ex__ = lambda protocol: (str, (value,))
     member.__deepcopy__ = lambda memo: member
@@ -190,7 +194,7 @@ def _wrap_optimizer_choice(undo: ExitStack) -> None:
 def _self_test() -> None:
     """Raises TransformersLayoutError if a registered name is not what transformers would find."""
     names, handlers = training_args.OptimizerNames, trainer_optimizer._OPTIMIZER_HANDLERS
-    for name in list_optimizers():
+    for name in served_names():
         member = names(name)
         found = (
             member == name

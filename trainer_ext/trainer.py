@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from hf_precond.registry import list_optimizers
 from trainer_ext.build import optim_args_of
 from trainer_ext.optim_names import HookedTrainer
+from trainer_ext.served import served_names
 
 DEFAULT_OPTIMIZER = "shared_basis_adagrad"
 
@@ -58,7 +58,7 @@ class PrecondTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
-        if name not in list_optimizers():
+        if name not in served_names():
             super().__post_init__()
             return
         # The stock check knows the names of transformers only.

@@ -22,7 +22,7 @@ from transformers import (
 import trainer_ext
 from hf_precond.registry import list_optimizers
 from tests.trainer_ext.tiny import NAME, arguments
-from trainer_ext import optim_names
+from trainer_ext import optim_names, served
 
 LOAD_WITHOUT_THE_PACKAGE = """
 import sys
@@ -164,3 +164,31 @@ def test_optim_args_of_other_optimizers_go_the_stock_way(tmp_path: Path) -> None
     args.optim_args = "momentum=0.5,"
     with pytest.raises(ValueError, match="not enough values to unpack"):
         Trainer.get_optimizer_cls_and_kwargs(args, None)
+
+
+@pytest.fixture
+def soap_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this transformers release had an optimizer called soap."""
+    trainer_ext.unregister()
+    monkeypatch.setattr(served, "STOCK_NAMES", served.STOCK_NAMES | {"soap"})
+
+
+@pytest.mark.usefixtures("soap_is_taken")
+def test_a_name_that_transformers_has_is_left_to_it(
+    logs: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    trainer_ext.register()
+    assert "soap" in logs.text
+    assert "OptimizerFactory('soap')" in logs.text
+    values = [member.value for member in training_args.OptimizerNames]
+    assert "soap" not in values  # not added by us
+    assert set(list_optimizers()) - {"soap"} <= set(values)
+    args = arguments(tmp_path)
+    args.optim = "soap"
+    with pytest.raises(ValueError, match="soap"):  # the stock Trainer's answer to an unknown name
+        Trainer.get_optimizer_cls_and_kwargs(args, None)
+    trainer_ext.unregister()
+
+
+def test_no_name_is_taken_in_this_release() -> None:
+    assert served.served_names() == list_optimizers()

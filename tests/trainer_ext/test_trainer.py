@@ -173,11 +173,18 @@ def test_seq2seq_trainer_inherits_the_behaviours(tmp_path: Path) -> None:
 def test_own_arguments_take_our_names_without_registration(name: str, tmp_path: Path) -> None:
     trainer_ext.unregister()
     parser = HfArgumentParser(PrecondTrainingArguments)
-    command = ["--output_dir", str(tmp_path), "--optim", name, "--optim_options", '{"rank": 2}']
+    command = [
+        "--output_dir",
+        str(tmp_path),
+        "--optim",
+        name,
+        "--optim_options",
+        '{"start_step": 7}',
+    ]
     (args,) = parser.parse_args_into_dataclasses(command)
     assert args.optim == name
     _, kwargs = PrecondTrainer.get_optimizer_cls_and_kwargs(args, tiny_gpt2())
-    assert kwargs["recipe"].algorithm.rank == 2
+    assert kwargs["recipe"].stages.start_step == 7
 
 
 def test_own_arguments_take_stock_names(tmp_path: Path) -> None:
