@@ -47,7 +47,7 @@ from trainer_ext.provenance import git_revision, hardware, package_versions
 
 GROWTH = 10.0  # of a method's time per doubling of the width: 8 for N^3, and some for caches
 WARM_UP_WIDTH = 16
-INTERVALS = ("projection_interval", "inverse_interval", "basis_interval")
+INTERVALS = ("projection_interval", "inverse_interval", "basis_interval", "root_interval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -254,13 +254,18 @@ def plot(results: Sequence[VariantResult], path: Path, *, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for result in results:
+    many = len(results) > 8
+    figure, axes = plt.subplots(figsize=(9, 5) if many else (7, 4.5), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20" if many else "tab10").colors)
+    for result in sorted(results, key=lambda result: -result.final_loss) if many else results:
         steps, losses = zip(*result.curve, strict=True)
         axes.plot(steps, losses, marker="o", markersize=3, label=_legend(result))
     axes.set(xlabel="step", ylabel="validation loss [nats / token]", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=1 + len(results) // 8)
+    if many:
+        figure.legend(loc="outside right upper", fontsize="small")
+    else:
+        axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
