@@ -260,8 +260,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _algorithm(self, bucket: Bucket) -> tuple[Preconditioner, StageOptions]:
         if bucket.key[0] == MAIN:
             return self.recipe.algorithm, self.recipe.stages
+        stages = self.recipe.stages
         if bucket.key[0] == GRAFT:
-            return Identity(), replace(self.recipe.stages, start_step=_NEVER)
+            # Without a partner what is left is the gradient, or its momentum.
+            never = stages if stages.graft == "none" else replace(stages, start_step=_NEVER)
+            return Identity(), never
         return self.recipe.fallback_algorithm, NO_STAGES
 
     def _init_bucket(self, bucket: Bucket, device: torch.device) -> State:

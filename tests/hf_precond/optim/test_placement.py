@@ -80,7 +80,7 @@ def keys_of(optimizer: PreconditionedOptimizer, index: int) -> set[str]:
 # --- a large matrix in Shampoo --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("graft", GRAFTS)
+@pytest.mark.parametrize("graft", [graft for graft in GRAFTS if graft != "none"])
 @pytest.mark.parametrize("site", ["direction", "gradient"])
 def test_a_large_matrix_takes_the_graft_partners_step(graft: str, site: str) -> None:
     """Bit for bit, as if preconditioning never began; others notice nothing."""
@@ -92,6 +92,19 @@ def test_a_large_matrix_takes_the_graft_partners_step(graft: str, site: str) -> 
     found = run_with(together, grads, 0, 1, 2)
     assert_bit_equal(found[:1], run_with(partner, grads, 0), "large")
     assert_bit_equal(found[1:], run_with(others, grads, 1, 2), "others")
+
+
+@pytest.mark.parametrize("site", ["direction", "gradient"])
+def test_without_a_partner_it_takes_the_momentum(site: str) -> None:
+    grads = gradients(LARGE)
+    options = {"graft": "none", "momentum": "heavy_ball", "momentum_site": site, "start_step": 1}
+    optimizer = shampoo([parameter(*LARGE)], **options)
+    lr = optimizer.param_groups[0]["lr"]
+    sgd = torch.optim.SGD([parameter(*LARGE)], lr=lr, momentum=0.9)
+    decay = optimizer.param_groups[0]["weight_decay"]
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert decay > 0  # of the shell, not of torch's SGD
+    assert_same(run_with(optimizer, grads, 0), run_with(sgd, grads, 0), TOLERANCE)
 
 
 def test_grafted_to_adam_without_momentum_it_is_torchs() -> None:
