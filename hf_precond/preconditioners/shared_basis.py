@@ -29,6 +29,9 @@ Deviations from the paper:
 - ``tail="diagonal"`` scales what is outside the basis per weight, (T_i + eps)^(-1/2) with T_i the
   second moments of g_i - Q Q^T g_i (state ``tail_sq`` [G, M, B]), as Adam would, instead of
   c_i^(-1/2);
+- ``pool`` takes, under the roots only, a share of every R_i from sum_j R_j, scaled to the trace of
+  R_i: a block's own k x k matrix rests on some 1 / (1 - beta2) gradients of one neuron each, too few
+  for its entries;
 - the subspace iteration is shifted by a millionth of tr(A): no eigenvector changes, but a step
 whose A has a
   rank below k no longer leaves the completion of the QR to chance;
@@ -103,6 +106,13 @@ class SharedBasis:
     root_interval: int | None = option(
         None, "steps between inverse roots (none: whenever the coefficients change)", low=1
     )
+    pool: float = option(
+        0.0,
+        "share of the group's common shape in each block's coefficients (1: blocks differ in size "
+        "only)",
+        low=0,
+        high=1,
+    )
     packed: bool = option(False, "store only the upper triangles of the coefficients and roots")
     max_rank_ratio: float = option(
         4.0,
@@ -166,7 +176,7 @@ class SharedBasis:
         else:
             changed = False
         if self._root_due(ctx, changed=changed):
-            new |= self._root({**state, **new}, rank, spectrum)
+            new |= self._root({**state, **new}, rank, spectrum, ctx)
         # Written only when all is computed: after a failed factorisation basis and roots still fit.
         for name, value in new.items():
             state[name].copy_(value)
@@ -236,7 +246,8 @@ class SharedBasis:
         columns = self._iterate(state["basis"], moments)
         turn = BasisTurn.of(moments, columns[..., :rank])
         coef = turn.coef()
-        spectrum = eigh(coef) if self._root_due(ctx, changed=True) else None
+        wanted = self.pool == 0 and self._root_due(ctx, changed=True)
+        spectrum = eigh(coef) if wanted else None
         lowest = self._lowest(coef, spectrum)
         if self.escaped_norm == "mean":
             norm = lowest + turn.mean_residual()
@@ -253,8 +264,9 @@ class SharedBasis:
         if self.tail == "diagonal":
             tail_sq = decay * state["tail_sq"]
             new["tail_sq"] = tail_sq.addcmul_(turn.residual, turn.residual, value=weight)
-        if spectrum is None:
+        if not self._root_due(ctx, changed=True):
             new["root"] = self._store(turn.carry_over(self._load(state["root"], rank)))
+        if spectrum is None:
             return new, None
         values = (spectrum[0] - lowest.unsqueeze(-1)).clamp_(min=0) * scale_GM.unsqueeze(-1)
         return new, (values, spectrum[1])
@@ -314,9 +326,9 @@ class SharedBasis:
         values = spectrum[0] if spectrum is not None else eigvalsh(coef)
         return values[..., 0].clamp(min=0)
 
-    def _root(self, state: State, rank: int, spectrum: Spectrum | None) -> State:
+    def _root(self, state: State, rank: int, spectrum: Spectrum | None, ctx: StepContext) -> State:
         """(R_i + c_i I)^(-1/2) - c_i^(-1/2) I and c_i^(-1/2), c_i = rho_i + eps."""
-        values, vectors = spectrum or eigh(self._load(state["coef"], rank))
+        values, vectors = spectrum or self._spectrum(self._load(state["coef"], rank), ctx)
         values = values.clamp(min=0)
         tail = state["escaped_mass"] + self.eps
         if values.dtype != torch.float64:
@@ -326,6 +338,18 @@ class SharedBasis:
         weights = (values + tail.unsqueeze(-1)).rsqrt() - tail_root.unsqueeze(-1)
         root = (vectors * weights.unsqueeze(-2)) @ vectors.mT
         return {"root": self._store(root), "root_tail": tail_root}
+
+    def _spectrum(self, coef: Tensor, ctx: StepContext) -> Spectrum:
+        """Eigenvalues ``[G, M, K]`` and vectors of the coefficients, pooled over the blocks."""
+        if self.pool == 0:
+            return eigh(coef)
+        total = ctx.sum_over_blocks(coef.sum(1, keepdim=True))
+        size = trace(coef) / nonzero(trace(total))
+        if self.pool == 1:
+            # One decomposition a group: all blocks have its vectors.
+            values, vectors = eigh(total)
+            return values * size.unsqueeze(-1), vectors.expand_as(coef)
+        return eigh(torch.lerp(coef, total * size[..., None, None], self.pool))
 
 
 _PAPER = "Yen et al., Block Low-Rank Preconditioner with Shared Basis, NeurIPS 2023"

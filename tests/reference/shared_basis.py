@@ -33,6 +33,7 @@ class SharedBasisReference:
         draw_start: step -> orthonormal [b, k + p], p at most b - k. The first power iteration
             starts from ``draw_start(0)``; without ``warm_start`` that of step t from step t's.
         beta2: ``None`` for the sum (Adagrad).
+        pool: p, share of all blocks' common shape in each block's coefficients under the root.
         coef_interval: between basis updates, coefficients move at these steps (``None``: never).
         root_interval: ``None`` recomputes the inverse roots whenever coefficients moved. A root
             that outlives its basis is projected onto the new one.
@@ -50,6 +51,7 @@ class SharedBasisReference:
     coef_interval: int | None = None
     root_interval: int | None = None
     eps: float = 1e-8
+    pool: float = 0.0
     step: int = 0
     columns: Tensor = field(init=False)  # the k + p iterated ones; the basis is the first k
     coef: list[Tensor] = field(init=False)
@@ -151,9 +153,17 @@ class SharedBasisReference:
         rest = torch.linalg.matrix_norm(outside @ moment @ outside)
         return (deflated + rest) / 2 + torch.hypot((deflated - rest) / 2, off)
 
+    def _pooled(self) -> list[Tensor]:
+        """(1 - p) R_i + p tr(R_i) sum_j R_j / tr(sum_j R_j)."""
+        total = sum(self.coef)
+        if total.trace() == 0:
+            return self.coef
+        common = total / total.trace()
+        return [(1 - self.pool) * coef + self.pool * coef.trace() * common for coef in self.coef]
+
     def _recompute_roots(self) -> None:
         self.excess_roots, self.tail_roots = [], []
-        for coef, mass in zip(self.coef, self.escaped_mass, strict=True):
+        for coef, mass in zip(self._pooled(), self.escaped_mass, strict=True):
             eigenvalues, vectors = torch.linalg.eigh(coef)
             tail = (mass + self.eps).rsqrt()
             excess = (eigenvalues + mass + self.eps).rsqrt() - tail
@@ -190,6 +200,7 @@ def _build(options: Options, shape: tuple[int, int], *, ema: bool) -> SharedBasi
         "coef_interval",
         "root_interval",
         "eps",
+        "pool",
     )
     return SharedBasisReference(
         rank=rank,
@@ -237,6 +248,16 @@ _SETS: dict[str, Options] = {
     },
     "mean_outside_intervals": {"escaped_norm": "mean", "update_interval": 3, "coef_interval": 1},
     "packed": {"packed": True},
+    "pooled": {"pool": 1.0},
+    "half_pooled": {"pool": 0.5},
+    "pooled_registered": {
+        "pool": 1.0,
+        "escaped_norm": "mean",
+        "deflate": False,
+        "tail": "diagonal",
+        "root_interval": 3,
+    },
+    "pooled_packed_deflated": {"pool": 0.7, "packed": True, "root_interval": 2},
     "rank_one": {"rank": 1},
     "full_rank": {"rank": 64, "max_rank_ratio": 64.0},
     "capped_rank": {"rank": 64, "max_rank_ratio": 0.5},

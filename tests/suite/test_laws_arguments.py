@@ -70,6 +70,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("coef_interval", 0),
     ("root_interval", -1),
     ("packed", "true"),
+    ("pool", -0.1),
+    ("pool", 1.1),
     ("max_rank_ratio", 0.0),
     ("max_rank_ratio", -1.0),
     ("max_rank_ratio", NAN),
