@@ -30,8 +30,8 @@ Deviations from the paper:
   second moments of g_i - Q Q^T g_i (state ``tail_sq`` [G, M, B]), as Adam would, instead of
   c_i^(-1/2);
 - ``pool`` takes, under the roots only, a share of every R_i from sum_j R_j, scaled to the trace of
-  R_i: a block's own k x k matrix rests on some 1 / (1 - beta2) gradients of one neuron each, too few
-  for its entries;
+  R_i: a block's own k x k matrix rests on the last 1 / (1 - beta2) gradients of one neuron, too
+  few for its entries;
 - the subspace iteration is shifted by a millionth of tr(A): no eigenvector changes, but a step
 whose A has a
   rank below k no longer leaves the completion of the QR to chance;
