@@ -187,7 +187,8 @@ def floor(
         small = groups * blocks * rank**2
         flops += weights * rank * (per_step + per_update / interval)
         numbers += weights * (7 + has_tail * (1 + 2 / interval)) + small * (1 + 4 / interval)
-        eigh_s += time_eigh(groups * blocks, rank, device) / root_interval
+        matrices = groups if algorithm.pool == 1 else groups * blocks
+        eigh_s += time_eigh(matrices, rank, device) / root_interval
     numbers += 7 * sum(row.num_params for row in optimizer.plan() if row.algorithm == "adam")
     return Floor(
         products_ms=1e3 * flops / rates["flops"],
