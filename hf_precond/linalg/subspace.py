@@ -51,7 +51,7 @@ def complete_basis(columns: Tensor, keep: Tensor, previous: Tensor) -> Tensor:
     LAPACK's choice of vectors for a null space is arbitrary. Here they are the previous basis'
     columns, from the index of the first one missing on and then from the beginning, each projected
     off what is there already. A column that lies in that span leaves its place to the next one: a
-    dead neuron would otherwise leave the choice to rounding. (One host sync where it happens.)
+    dead neuron would otherwise leave the choice to rounding. (One host sync a call.)
 
     Args:
         columns: ``[G, N, K]``, orthonormal where kept; the kept ones come first.

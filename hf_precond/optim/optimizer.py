@@ -8,7 +8,7 @@ shape, over all layers and heads, go through each of these in one batched call.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -193,26 +193,23 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             GRAFT: f"graft step ({self.recipe.stages.graft})",
             FALLBACK: self.recipe.fallback.fallback,
         }
-        tensors: Counter[str] = Counter()
+        tensors: dict[str, set[int]] = defaultdict(set)
         params: Counter[str] = Counter()
         state_bytes: Counter[str] = Counter()
-        counted: dict[str, set[int]] = {}
         for bucket in self._plan_buckets():
             name = names[bucket.key[0]]
-            seen = counted.setdefault(name, set())
-            seen.update(bucket.params)
-            tensors[name] = len(seen)
+            tensors[name].update(bucket.params)
             params[name] += sum(slot.view.numel for slot in bucket.slots)
             for meta in self._init_bucket(bucket, torch.device("meta")).values():
                 state_bytes[name] += meta.numel() * meta.element_size()
         return [
             PlanRow(
                 algorithm=name,
-                num_tensors=tensors[name],
+                num_tensors=len(indices),
                 num_params=params[name],
                 state_bytes=state_bytes[name],
             )
-            for name in tensors
+            for name, indices in tensors.items()
         ]
 
     def state_layout(self) -> Iterator[tuple[int, str, Tensor]]:

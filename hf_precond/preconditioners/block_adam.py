@@ -68,8 +68,8 @@ class BlockAdam:
             state["second_moment"].mul_(self.beta2).addcmul_(left, right, value=1 - self.beta2)
             return
         moment = (self.beta2 * state["second_moment"]).addcmul_(left, right, value=1 - self.beta2)
-        ridge = moment.new_full(moment[groups].shape[:2], self.eps)
         unbiased = moment[groups] / (1 - self.beta2**ctx.step)
+        ridge = unbiased.new_full(unbiased.shape[:2], self.eps)
         root = inverse_root(unbiased, 0.5, ridge, method=self.root_method)
         state["second_moment"].copy_(moment)
         state["root"][groups] = root

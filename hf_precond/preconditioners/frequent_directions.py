@@ -51,7 +51,7 @@ class FrequentDirections:
         }
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
-        ctx.due(1)
+        ctx.due(1)  # every step, and it can fail: going well ends a streak of failures
         column = g_GMB.flatten(1).unsqueeze(-1)
         vectors, values = add_gram(
             state["sketch_rows"].mT, state["sketch_values"], column, keep=self.rank

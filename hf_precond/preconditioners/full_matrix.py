@@ -66,8 +66,9 @@ class FullMatrix:
             state["second_moment"].baddbmm_(flat, flat.mT)
             return
         moment = state["second_moment"].baddbmm(flat, flat.mT)
-        ridge = moment.new_full(moment[groups].shape[:1], self.eps)
-        root = inverse_root(moment[groups], 0.5, ridge, method=self.root_method)
+        chosen = moment[groups]
+        ridge = chosen.new_full(chosen.shape[:1], self.eps)
+        root = inverse_root(chosen, 0.5, ridge, method=self.root_method)
         state["second_moment"].copy_(moment)
         state["root"][groups] = root
 

@@ -6,9 +6,9 @@ moments live in P^T G (one-sided) or P^T G Q (two-sided, "++").
 
     P  left  [G, S, S]     Q  right  [G, L, L], two-sided only     S <= L, others are transposed
 
-The paper leaves two choices to LAPACK that change the step after a refresh by 40 to 140 %. Here
-the largest entry of each left vector is positive, its right partner flipped along, and a null space
-is completed from the previous basis (of the identity at first).
+The paper leaves two choices to LAPACK that change the step after a refresh. Here the largest entry
+of each left vector is positive, its right partner flipped along, and a null space is completed from
+the previous basis (of the identity at first).
 """
 
 from __future__ import annotations

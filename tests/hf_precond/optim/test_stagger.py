@@ -160,10 +160,8 @@ def test_each_group_is_refreshed_once_per_interval(name: str) -> None:
         assert at == [at[0], at[0] + INTERVAL, at[0] + 2 * INTERVAL], name_and_group
 
 
-@per_name
+@pytest.mark.parametrize("name", [name for name in REFRESHES if REFRESHES[name].early is None])
 def test_until_its_first_turn_a_group_keeps_what_it_has(name: str) -> None:
-    if REFRESHES[name].early is not None:
-        pytest.skip("all groups have their first bases from the first gradient")
     optimizer = make(name, [(4, 5)] * INTERVAL)
     run(optimizer, range(1, REFRESHES[name].first + 1))
     known = [not is_identity(matrix) for matrix in refreshed_tensors(optimizer).values()]
