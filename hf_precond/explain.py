@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from hf_precond.optim.layout import joint_biases
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
 from hf_precond.preconditioners.base import FALLBACK, GRAFT, MAIN, Placement, placement
-from hf_precond.registry import resolve
-from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
+from hf_precond.registry import recipe_layers, recipe_rules, resolve
+from hf_precond.views.rules import Rule, assign_all
 from hf_precond.views.tiles import tile
 from hf_precond.views.view import ParamView
 
@@ -47,22 +48,26 @@ def explain_groups(
         ValueError: for an unknown name or option, or a value that is not allowed.
     """
     recipe = resolve(name, options)
-    assigned = assign_all(model, GENERAL_RULES if rules is None else rules)
+    assigned = assign_all(model, recipe_rules(recipe, rules))
+    layers = recipe_layers(recipe, assigned)
     optimizer = PreconditionedOptimizer(
         [
             {
                 "params": [(info.name, info.param) for info, _ in assigned],
                 "views": [[view.to_plain() for view in found.views] for _, found in assigned],
+                "layers": layers,
             }
         ],
         recipe,
     )
+    with_weight = set(joint_biases(optimizer.param_groups, recipe.algorithm).values())
     state_bytes = [0] * len(assigned)
     for index, _, meta in optimizer.state_layout():
         state_bytes[index] += meta.numel() * meta.element_size()
     effective_rank = getattr(recipe.algorithm, "effective_rank", None)
     rows = []
-    for (info, found), size in zip(assigned, state_bytes, strict=True):
+    for index, ((info, found), size) in enumerate(zip(assigned, state_bytes, strict=True)):
+        joint = index in with_weight
         places = [placement(recipe.algorithm, view.shape) for view in found.views]
         taken = [view for view, at in zip(found.views, places, strict=True) if at.role == MAIN]
         ranks = {effective_rank(view.shape[2]) for view in taken} if effective_rank else set()
@@ -72,11 +77,14 @@ def explain_groups(
                 shape=tuple(info.param.shape),
                 view="; ".join(_words(*pair) for pair in zip(found.views, places, strict=True))
                 or "-",
-                algorithm=_algorithm_words(recipe, places),
+                algorithm=recipe.name if joint else _algorithm_words(recipe, places),
                 rank="/".join(str(rank) for rank in sorted(ranks)),
                 state_bytes=size,
                 reason="; ".join(
-                    dict.fromkeys([found.reason, *(at.reason for at in places if at.reason)])
+                    dict.fromkeys(
+                        ["trained with its weight" if joint else found.reason]
+                        + [at.reason for at in places if at.reason]
+                    )
                 ),
             )
         )

@@ -6,7 +6,7 @@ Adding an algorithm is one file in ``preconditioners`` and one entry in ``_MODUL
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
@@ -27,18 +27,29 @@ from hf_precond.preconditioners import (
     adadiag,
     adafacdiag,
     block_adam,
+    brand_kfac,
     frequent_directions,
     full_matrix,
+    kfac,
     muon,
     ng_plus,
+    randomized_kfac,
+    seng,
     shampoo,
     shared_basis,
     sketchy,
     soap,
 )
-from hf_precond.preconditioners.base import OptimizerInfo, allowed_values, field_default, option
+from hf_precond.preconditioners.base import (
+    OptimizerInfo,
+    allowed_values,
+    field_default,
+    layer_needs,
+    option,
+)
 from hf_precond.preconditioners.schedule import FORMS, Schedule
-from hf_precond.views.rules import GENERAL_RULES, Rule, assign_all
+from hf_precond.statistics.layers import layer_layouts, layer_rule
+from hf_precond.views.rules import GENERAL_RULES, Assignment, ParamInfo, Rule, assign_all
 
 _MODULES = (
     shared_basis,
@@ -52,6 +63,10 @@ _MODULES = (
     ng_plus,
     soap,
     muon,
+    kfac,
+    randomized_kfac,
+    brand_kfac,
+    seng,
 )
 _INFOS: dict[str, OptimizerInfo] = {info.name: info for module in _MODULES for info in module.INFOS}
 _SECTIONS: dict[str, type] = {
@@ -169,6 +184,9 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
         )
         for section, cls, _ in _option_classes(info)
     }
+    check_stages = getattr(parts["algorithm"], "check_stages", None)
+    if check_stages is not None:
+        check_stages(parts["stages"])
     return Recipe(name=name, betas=(beta1, beta2), **parts)
 
 
@@ -196,29 +214,55 @@ def create_optimizer(
         ValueError: for an unknown name or option, or a value that is not allowed.
     """
     recipe = resolve(name, options)
-    params = (
-        param_groups(model, rules=rules, weight_decay=weight_decay)
-        if isinstance(model, nn.Module)
-        else model
-    )
-    return PreconditionedOptimizer(params, recipe, lr=lr, weight_decay=weight_decay)
+    if not isinstance(model, nn.Module):
+        return PreconditionedOptimizer(model, recipe, lr=lr, weight_decay=weight_decay)
+    groups = param_groups(model, recipe, rules=rules, weight_decay=weight_decay)
+    optimizer = PreconditionedOptimizer(groups, recipe, lr=lr, weight_decay=weight_decay)
+    optimizer.attach(model)
+    return optimizer
 
 
 def param_groups(
-    model: nn.Module, *, rules: Iterable[Rule] | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    rules: Iterable[Rule] | None = None,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Returns two param groups of a model's trainable parameters, matrices and vectors (never
     decayed).
 
-    Each holds named parameters and, index-aligned, their views as plain lists.
+    Each holds named parameters and, index-aligned, views and layers as plain lists.
     """
-    matrices: dict[str, Any] = {"params": [], "views": [], "weight_decay": weight_decay}
-    vectors: dict[str, Any] = {"params": [], "views": [], "weight_decay": 0.0}
-    for info, assignment in assign_all(model, GENERAL_RULES if rules is None else rules):
+    matrices: dict[str, Any] = {"params": [], "views": [], "layers": []}
+    matrices["weight_decay"] = weight_decay
+    vectors: dict[str, Any] = {"params": [], "views": [], "layers": [], "weight_decay": 0.0}
+    assigned = assign_all(model, recipe_rules(recipe, rules))
+    for (info, assignment), layer in zip(assigned, recipe_layers(recipe, assigned), strict=True):
         group = vectors if info.param.ndim < 2 else matrices
         group["params"].append((info.name, info.param))
         group["views"].append([view.to_plain() for view in assignment.views])
+        group["layers"].append(layer)
     return [group for group in (matrices, vectors) if group["params"]]
+
+
+def recipe_rules(recipe: Recipe, rules: Iterable[Rule] | None = None) -> tuple[Rule, ...]:
+    """Returns view rules with what the algorithm of a recipe adds to them.
+
+    Args:
+        rules: default :data:`GENERAL_RULES`.
+    """
+    rules = GENERAL_RULES if rules is None else tuple(rules)
+    return rules if layer_needs(recipe.algorithm) is None else (layer_rule, *rules)
+
+
+def recipe_layers(
+    recipe: Recipe, assigned: Sequence[tuple[ParamInfo, Assignment]]
+) -> list[list[Any]]:
+    """Returns for each parameter how its layer reads it, empty where the algorithm does not ask."""
+    if layer_needs(recipe.algorithm) is None:
+        return [[] for _ in assigned]
+    return layer_layouts(assigned)
 
 
 def _option_classes(info: OptimizerInfo) -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import check_target_module_exists
 from hf_precond import explain
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
-from hf_precond.registry import option_specs, resolve
+from hf_precond.registry import option_specs, recipe_layers, recipe_rules, resolve
 from hf_precond.views.rules import (
     Assignment,
     ParamInfo,
@@ -37,12 +37,13 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Name and plain views of each parameter of one model."""
+    """Name, plain views and layer of each parameter of one model."""
 
-    entries: Mapping[Tensor, tuple[str, list[Any]]]
+    model: nn.Module
+    entries: Mapping[Tensor, tuple[str, list[Any], list[Any]]]
 
     def annotate(self, params: Iterable[Any]) -> Groups:
-        """Returns parameter groups (or bare parameters) with ``param_names`` and ``views`` beside.
+        """Returns parameter groups (or bare parameters) with names, views and layers beside.
 
         Raises:
             ValueError: a parameter that the model does not have.
@@ -63,7 +64,8 @@ class Layout:
             )
         names = [self.entries[param][0] for param in params]
         views = [self.entries[param][1] for param in params]
-        return {**group, "params": params, "param_names": names, "views": views}
+        layers = [self.entries[param][2] for param in params]
+        return {**group, "params": params, "param_names": names, "views": views, "layers": layers}
 
 
 class TrainerOptimizer(PreconditionedOptimizer):
@@ -79,6 +81,7 @@ class TrainerOptimizer(PreconditionedOptimizer):
         weight_decay: float,
     ) -> None:
         super().__init__(layout.annotate(params), recipe, lr=lr, weight_decay=weight_decay)
+        self.attach(layout.model)
 
 
 class OptimizerFactory:
@@ -135,8 +138,8 @@ def build_optimizer(
     recipe = resolve(name, options)
     layout = make_layout(model, recipe)
     groups = decay_groups(model, weight_decay) if groups is None else groups
-    return PreconditionedOptimizer(
-        layout.annotate(groups), recipe, lr=lr, weight_decay=weight_decay
+    return TrainerOptimizer(
+        groups, layout=layout, recipe=recipe, lr=lr, weight_decay=weight_decay
     )
 
 
@@ -171,7 +174,7 @@ def optimizer_cls_and_kwargs(
     recipe = resolve(name, options_from(args, name))
     targets = target_rules(args.optim_target_modules)
     layout = make_layout(model, recipe, extra_rules=targets)
-    if targets and not any(views for _, views in layout.entries.values()):
+    if targets and not any(views for _, views, _ in layout.entries.values()):
         raise ValueError(
             f"optim_target_modules = {args.optim_target_modules!r} matches no layer "
             f"that {name} can precondition"
@@ -220,13 +223,15 @@ def optim_args_of(args: TrainingArguments, name: str) -> OptimArgs:
 
 def make_layout(model: nn.Module, recipe: Recipe, extra_rules: Sequence[Rule] = ()) -> Layout:
     """Returns names and views of all parameters of ``model``; frozen ones follow the fallback."""
-    entries: dict[Tensor, tuple[str, list[Any]]] = {
-        param: (canonical_name(name), []) for name, param in model.named_parameters()
+    entries: dict[Tensor, tuple[str, list[Any], list[Any]]] = {
+        param: (canonical_name(name), [], []) for name, param in model.named_parameters()
     }
     rules = (*extra_rules, *architecture_rules(model, recipe))
-    for info, assignment in assign_all(model, rules):
-        entries[info.param] = (info.name, [view.to_plain() for view in assignment.views])
-    return Layout(entries)
+    assigned = assign_all(model, recipe_rules(recipe, rules))
+    for (info, assignment), layer in zip(assigned, recipe_layers(recipe, assigned), strict=True):
+        views = [view.to_plain() for view in assignment.views]
+        entries[info.param] = info.name, views, layer
+    return Layout(model, entries)
 
 
 def architecture_rules(model: nn.Module, recipe: Recipe) -> tuple[Rule, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 
 FORMAT_VERSION = 1
-_GROUP_STRUCTURE = {"params", "param_names", "views"}
+_GROUP_STRUCTURE = {"params", "param_names", "views", "layers"}
 
 
 class StateMismatchError(ValueError):

@@ -14,9 +14,13 @@ from hf_precond.preconditioners.base import (
     MAIN,
     Placement,
     Preconditioner,
+    Shape,
+    layer_needs,
     placement,
 )
-from hf_precond.views.plan import Bucket, PlannedView, plan_buckets
+from hf_precond.views.joint import Joint
+from hf_precond.views.plan import AnyView, Bucket, PlannedView, plan_buckets
+from hf_precond.views.positions import WeightLayout, positions
 from hf_precond.views.tiles import tile
 from hf_precond.views.view import ParamView, flat
 
@@ -27,32 +31,96 @@ class PlacedView:
 
     Attributes:
         param: index of the parameter.
+        bias: index of the bias that a joint view takes along.
         first_group: index of the view's first group among all groups of the optimizer.
     """
 
     param: int
-    view: ParamView
+    view: ParamView | Joint
+    bias: int | None = None
     place: Placement
     first_group: int
 
 
 def placed_views(
-    param_groups: Iterable[Mapping[str, Any]], algorithm: Preconditioner
+    param_groups: Sequence[Mapping[str, Any]], algorithm: Preconditioner
 ) -> list[PlacedView]:
-    """Returns all views of all parameters; one without views is a flat view for the fallback."""
+    """Returns all views of all parameters; one without views is a flat view for the fallback.
+
+    A bias that is trained together with its layer's weight has no place of its own.
+    """
+    biases = joint_biases(param_groups, algorithm)
+    with_weight = set(biases.values())
     placed: list[PlacedView] = []
     index = first_group = 0
     for group in param_groups:
-        for param, plain in zip(group["params"], group["views"], strict=True):
-            views = [ParamView.from_plain(view) for view in plain]
+        for param, plain, layer in zip(
+            group["params"], group["views"], group["layers"], strict=True
+        ):
+            views: list[ParamView | Joint] = [ParamView.from_plain(view) for view in plain]
+            if index in biases:
+                views = [_joint(view, layer, param) for view in views]
             pairs = [(view, placement(algorithm, view.shape)) for view in views]
-            for view, place in pairs or [(flat(param.shape), Placement(role=FALLBACK))]:
+            if not pairs and index not in with_weight:
+                pairs = [(flat(param.shape), Placement(role=FALLBACK))]
+            for view, place in pairs:
+                bias = biases.get(index)
                 placed.append(
-                    PlacedView(param=index, view=view, place=place, first_group=first_group)
+                    PlacedView(
+                        param=index, view=view, bias=bias, place=place, first_group=first_group
+                    )
                 )
                 first_group += view.shape[0]
             index += 1
     return placed
+
+
+def joint_biases(
+    param_groups: Sequence[Mapping[str, Any]], algorithm: Preconditioner
+) -> dict[int, int]:
+    """Returns for each weight whose bias is trained together with it the index of that bias.
+
+    That needs an algorithm that knows its layers, and views in which each output of the layer is a
+    row once: of an attention output's heads all have all outputs.
+    """
+    needs = layer_needs(algorithm)
+    if needs is None or not needs.joint_bias:
+        return {}
+    names = [name for group in param_groups for name in group_names(group)]
+    position = {name: index for index, name in enumerate(names) if name}
+    found, index = {}, 0
+    for group in param_groups:
+        for param, plain, layer in zip(
+            group["params"], group["views"], group["layers"], strict=True
+        ):
+            if plain and layer:
+                layout = WeightLayout.from_plain(layer)
+                views = [ParamView.from_plain(view) for view in plain]
+                # One place: the algorithm takes all of the weight or none of it.
+                taken = all(
+                    placement(algorithm, _wider(view.shape)).role == MAIN for view in views
+                )
+                rows = sum(view.shape[0] * view.shape[1] for view in views)
+                if layout.bias in position and taken and rows == layout.num_outputs(param.shape):
+                    found[index] = position[layout.bias]
+            index += 1
+    return found
+
+
+def _wider(shape: Shape) -> Shape:
+    groups, rows, columns = shape
+    return groups, rows, columns + 1
+
+
+def _joint(view: ParamView, layer: Sequence[Any], param: Tensor) -> Joint:
+    found = positions(view, WeightLayout.from_plain(layer), param.shape)
+    assert found is not None, "checked where the groups are taken"
+    return Joint(base=view, outputs=found.outputs.to(param.device))
+
+
+def group_names(group: Mapping[str, Any]) -> list[str]:
+    """Returns the names of a group's parameters, empty where none were given."""
+    return list(group.get("param_names", [""] * len(group["params"])))
 
 
 def buckets_of(
@@ -66,7 +134,10 @@ def buckets_of(
     """
     planned, cut = [], 0
     for number, item in enumerate(placed):
-        pieces = tile(item.view, *item.place.tile) if item.place.tile else (item.view,)
+        pieces: tuple[AnyView, ...] = (item.view,)
+        if item.place.tile:
+            assert isinstance(item.view, ParamView), "joint views are not cut"
+            pieces = tile(item.view, *item.place.tile)
         chunk = 0
         if len(pieces) > 1:
             chunk = cut // max_elements
@@ -75,6 +146,7 @@ def buckets_of(
             PlannedView(
                 param=item.param,
                 view=piece,
+                bias=item.bias,
                 number=number,
                 first_group=item.first_group,
                 key=(item.place.role, params[item.param].device, chunk),

@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_precond.linalg.precision import highest_matmul_precision
 from hf_precond.optim.banks import Bank
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.health import Health
+from hf_precond.optim.layer_columns import ColumnSource, LayerColumns, take_layers
 from hf_precond.optim.layout import (
     PlacedView,
     buckets_of,
     displaced,
+    group_names,
     owner_counts,
     placed_views,
     refresh_phases,
@@ -31,9 +33,18 @@ from hf_precond.optim.layout import (
 from hf_precond.optim.options import Recipe
 from hf_precond.optim.pipeline import run, split_into_cohorts
 from hf_precond.optim.stages import NO_STAGES, StageOptions
-from hf_precond.preconditioners.base import FALLBACK, GRAFT, MAIN, Preconditioner, State
+from hf_precond.preconditioners.base import (
+    FALLBACK,
+    GRAFT,
+    MAIN,
+    Columns,
+    Preconditioner,
+    State,
+    captures_at,
+    layer_needs,
+)
 from hf_precond.preconditioners.diagonal import Identity
-from hf_precond.views.plan import Bucket, clusters
+from hf_precond.views.plan import Bucket, Slot, clusters
 from hf_precond.views.view import ParamView, check_cover, rows
 
 logger = logging.getLogger(__name__)
@@ -41,6 +52,10 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 # A start step for what is left to the graft partner.
 _NEVER = 2**62
+
+
+class LayerInputError(RuntimeError, ArithmeticError):
+    """An algorithm that needs the inputs of its layers does not get them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +75,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         params: parameters, ``(name, parameter)`` pairs, or param groups. A group may carry
             ``"views"``: index-aligned with its parameters, a list of :meth:`ParamView.to_plain`
             each, empty for the fallback algorithm. Without it, views follow from shapes: matrices
-            are ``[O, I]``.
+            are ``[O, I]``. And ``"layers"``: :meth:`WeightLayout.to_plain` each, empty for a
+            parameter whose layer's inputs are not known; :meth:`attach` writes it.
         recipe: what to compute, from :func:`hf_precond.registry.resolve`.
         lr: learning rate.
         weight_decay: decoupled weight decay.
@@ -108,12 +124,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _take_views(group: dict[str, Any]) -> None:
         """Gives a group its views, by the shapes where it brings none, and checks them."""
         views = group.setdefault("views", [_default_views(param) for param in group["params"]])
-        if len(views) != len(group["params"]):
-            raise ValueError(
-                f"a param group has {len(group['params'])} parameters and {len(views)} views: "
-                "give one list of views per parameter"
-            )
-        for name, param, plain in zip(_group_names(group), group["params"], views, strict=True):
+        layers = group.setdefault("layers", [[] for _ in group["params"]])
+        for key, entries in (("views", views), ("layers", layers)):
+            if len(entries) != len(group["params"]):
+                raise ValueError(
+                    f"a param group has {len(group['params'])} parameters and {len(entries)} "
+                    f"{key}: give one list of {key} per parameter"
+                )
+        for name, param, plain in zip(group_names(group), group["params"], views, strict=True):
             _check_views(name, param, plain)
 
     @torch.no_grad()
@@ -127,6 +145,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             FloatingPointError: if a parameter's gradient was not finite ``max_failures`` times in a
             row.
             DecompositionError: if a parameter's factorisation failed that often.
+            LayerInputError: if the algorithm needs its layers' inputs and none are captured.
         """
         loss = None
         if closure is not None:
@@ -134,13 +153,58 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with self._health.timed(self._device), highest_matmul_precision():
             self._ensure_state()
+            loss_scale = self._loss_scale()
+            if loss_scale is None:
+                return loss
             gradients = self._ready_gradients()
+            self._collect_columns(loss_scale)
             for cluster in self._clusters:
                 self._step_cluster(cluster, gradients)
             for index in gradients:
                 self._steps[index] += 1
                 self.state[self._params[index]]["step"] += 1
+            self._arm()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets all gradients, and forgets what layers have seen on the way to them."""
+        super().zero_grad(set_to_none)
+        if self._columns is not None:
+            self._columns.clear()
+
+    def attach(self, model: nn.Module) -> None:
+        """Captures what the layers of a model see from now on, for algorithms that need it.
+
+        Once per model object: a copy of the model or of the optimizer is attached anew. Where the
+        param groups came without layers, they are looked up in the model.
+
+        Raises:
+            ValueError: for a parameter that is none of the model's.
+        """
+        needs = layer_needs(self.recipe.algorithm)
+        if needs is None:
+            return
+        take_layers(self.param_groups, model)
+        self.detach()
+        self._forget_banks()
+        self._columns = LayerColumns(
+            model, self.param_groups, needs, dtype=self.recipe.numerics.dtype
+        )
+        if self.state:
+            self._ensure_state()
+        self._arm()
+
+    def detach(self) -> None:
+        """Takes the hooks of :meth:`attach` off the model."""
+        if isinstance(self._columns, LayerColumns):
+            self._columns.remove()
+        self._columns = None
+
+    def feed(self, source: ColumnSource) -> None:
+        """Takes columns from another source than hooks on a model."""
+        self.detach()
+        self._columns = source
+        self._arm()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict, keeping dtypes and this optimizer's own views.
@@ -152,10 +216,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             ValueError: if the state belongs to another algorithm, version, or other views.
         """
         self._check_foreign(state_dict)
-        views = [group["views"] for group in self.param_groups]
+        own = [{key: group[key] for key in ("views", "layers")} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, views, strict=True):
-            group["views"] = own
+        for group, kept in zip(self.param_groups, own, strict=True):
+            group.update(kept)
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved_ids, params, strict=True):
@@ -164,6 +228,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._forget_banks()
         if self.state:
             self._ensure_state()
+        self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"recipe": self.recipe, "steps_per_epoch": self.steps_per_epoch}
@@ -183,7 +248,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     @property
     def param_names(self) -> list[str]:
         """Names of all parameters in group order; ``param_<i>`` where none were given."""
-        names = [name for group in self.param_groups for name in _group_names(group)]
+        names = [name for group in self.param_groups for name in group_names(group)]
         return [name or f"param_{index}" for index, name in enumerate(names)]
 
     def plan(self) -> list[PlanRow]:
@@ -244,6 +309,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._steps: list[int] = []
         self._num_reported = 0
         self._health = Health()
+        # Torch loads a state dict through __setstate__, too: what is attached stays attached.
+        self._columns: ColumnSource | None = getattr(self, "_columns", None)
+        self.grad_scaler: torch.amp.GradScaler | None = getattr(self, "grad_scaler", None)
 
     def _forget_banks(self) -> None:
         """The next step lays the state out anew, from what ``state`` holds then."""
@@ -328,6 +396,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             [by_bucket[id(bucket)] for bucket in members]
             for members in clusters([bank.bucket for bank in banks])
         ]
+        if self.recipe.stages.clip_mode == "kl":
+            self._clusters = [banks]  # one factor for all layers
 
     def _check_foreign(self, state_dict: dict[str, Any]) -> None:
         """Refuses a state dict that another optimizer, version or grouping wrote."""
@@ -343,9 +413,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     f"the state dict has state_version {version!r}, "
                     f"this package reads {STATE_VERSION}"
                 )
-            if state_dict["state"] and saved.get("views") != own["views"]:
+            changed = [key for key in ("views", "layers") if saved.get(key) != own[key]]
+            if state_dict["state"] and changed:
                 raise ValueError(
-                    "the state dict was written with other views of the parameters: check "
+                    f"the state dict was written with other {changed[0]} of the parameters: check "
                     "attention_grouping, the view rules and the order of the parameters"
                 )
 
@@ -380,6 +451,88 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._faults.clear(gradients, "skipped_nonfinite")
         return gradients
 
+    # -- what the layers have seen --
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler is to hand its scale over instead of unscaling the gradients.
+
+        Captured columns carry the scale, too. Where :attr:`grad_scaler` is known, it is asked.
+        """
+        return self._columns is not None and self.grad_scaler is None
+
+    def _loss_scale(self) -> float | Tensor | None:
+        """What the captured columns were scaled with; None after an overflow: no step then.
+
+        Raises:
+            LayerInputError: the scale is not known.
+        """
+        if self._columns is None:
+            return 1.0
+        if self.grad_scaler is not None:
+            return self.grad_scaler.get_scale()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return 1.0
+        if bool(found_inf):
+            self._columns.clear()
+            return None
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            raise LayerInputError(
+                "the gradients were unscaled before the step, what the layers have seen was not: "
+                "set optimizer.grad_scaler = scaler once"
+            )
+        grads = [param.grad for param in self._params if param.grad is not None]
+        torch._foreach_div_(grads, scale)
+        return scale
+
+    def _arm(self) -> None:
+        """Says for which parameters the next step wants columns."""
+        if self._columns is None:
+            return
+        done = self._steps or [0] * sum(len(group["params"]) for group in self.param_groups)
+        steps = {index: step + 1 for index, step in enumerate(done)}
+        algorithm = self.recipe.algorithm
+        self._columns.arm({i: step for i, step in steps.items() if captures_at(algorithm, step)})
+
+    def _collect_columns(self, loss_scale: float | Tensor) -> None:
+        """Ends the capture of this step.
+
+        Raises:
+            LayerInputError: if nothing captures the columns that the algorithm needs.
+        """
+        algorithm = self.recipe.algorithm
+        if layer_needs(algorithm) is None:
+            return
+        wanted = any(
+            captures_at(algorithm, self._steps[slot.param] + 1)
+            for bank in self._banks
+            if bank.bucket.key[0] == MAIN
+            for slot in bank.bucket.slots
+        )
+        if not wanted:
+            return
+        if self._columns is None:
+            raise LayerInputError(
+                f"{self.recipe.name} needs the inputs of the model's layers: build it with "
+                "create_optimizer(model, ...), or call optimizer.attach(model)"
+            )
+        self._columns.collect(loss_scale)
+
+    def _slot_columns(self, slot: Slot, gradients: Mapping[int, Tensor]) -> Columns | None:
+        """Columns of a slot; a layer that had a gradient but no columns is counted."""
+        step = self._steps[slot.param] + 1
+        if self._columns is None or not captures_at(self.recipe.algorithm, step):
+            return None
+        columns = self._columns.columns(slot, gradients)
+        if columns is None:
+            what = "its layer had a gradient, but its input was not captured"
+            self._faults.count([slot.param], "missing_columns", what, LayerInputError)
+        else:
+            self._faults.clear([slot.param], "missing_columns")
+        return columns
+
     def _step_cluster(self, cluster: Sequence[Bank], gradients: Mapping[int, Tensor]) -> None:
         """Runs all buckets that share parameters, from their gradients to their weights."""
         cohorts = [
@@ -392,31 +545,31 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 self._steps,
                 self.recipe.numerics.dtype,
                 self.steps_per_epoch,
+                self._slot_columns if bank.bucket.key[0] == MAIN else None,
             )
         ]
-        run(cohorts, owners=self._owners, faults=self._faults, health=self._health)
         schedule = self.recipe.schedules.lr_schedule
         scales = {
-            slot.param: cohort.ctx.value(schedule) for cohort in cohorts for slot in cohort.slots
+            index: cohort.ctx.value(schedule)
+            for cohort in cohorts
+            for slot in cohort.slots
+            for index in slot.params
         }
-        for index, scale in scales.items():
-            group = self.param_groups[self._group_of[index]]
-            if group["weight_decay"] != 0:
-                self._params[index].mul_(1 - scale * group["lr"] * group["weight_decay"])
+        rates = {
+            index: scale * self.param_groups[self._group_of[index]]["lr"]
+            for index, scale in scales.items()
+        }
+        run(cohorts, owners=self._owners, rates=rates, faults=self._faults, health=self._health)
+        for index, rate in rates.items():
+            decay = self.param_groups[self._group_of[index]]["weight_decay"]
+            if decay != 0:
+                self._params[index].mul_(1 - rate * decay)
         for cohort in cohorts:
             fallback = cohort.stages is NO_STAGES
             ratio = self.recipe.fallback.fallback_lr_ratio if fallback else 1.0
             for slot, groups in cohort.parts():
-                lr = self.param_groups[self._group_of[slot.param]]["lr"]
-                slot.view.add_from_blocks(
-                    self._params[slot.param],
-                    cohort.direction[groups],
-                    -lr * scales[slot.param] * ratio * cohort.factor,
-                )
-
-
-def _group_names(group: dict[str, Any]) -> list[str]:
-    return list(group.get("param_names", [""] * len(group["params"])))
+                alphas = [-rates[index] * ratio * cohort.factor for index in slot.params]
+                slot.add_from_blocks(self._params, cohort.direction[groups], alphas)
 
 
 def _default_views(param: Tensor) -> list[list[Any]]:

@@ -10,8 +10,9 @@ selected and written back.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from hf_precond.optim.stages import (
     graft_update_,
     momentum_,
 )
-from hf_precond.preconditioners.base import Preconditioner, State, StepContext
+from hf_precond.preconditioners.base import Columns, Preconditioner, State, StepContext
 from hf_precond.views.plan import Slot
+
+ColumnsOf = Callable[[Slot, Mapping[int, Tensor]], "Columns | None"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,18 +71,25 @@ class Cohort:
 
 
 def run(
-    cohorts: Sequence[Cohort], *, owners: Mapping[str, int], faults: Faults, health: Health
+    cohorts: Sequence[Cohort],
+    *,
+    owners: Mapping[str, int],
+    rates: Mapping[int, float | Tensor],
+    faults: Faults,
+    health: Health,
 ) -> None:
     """Takes cohorts that share parameters from their gradients to their directions.
 
     Args:
         owners: number of parameters, views and groups of the optimizer, by the names of the scopes.
+        rates: learning rate of each parameter.
 
     Raises:
         DecompositionError: if a parameter's factorisation failed too often in a row.
     """
     _precondition(cohorts, owners, faults)
     _graft(cohorts, owners, health)
+    _clip(cohorts, owners, rates, health)
     for cohort in cohorts:
         if cohort.stages.momentum_site == "direction":
             cohort.direction, cohort.factor = momentum_(
@@ -96,20 +106,27 @@ def split_into_cohorts(
     steps: Sequence[int],
     dtype: torch.dtype,
     steps_per_epoch: float | None = None,
+    columns_of: ColumnsOf | None = None,
 ) -> Iterator[Cohort]:
     """Yields the cohorts of a bucket with their gradients stacked in the state dtype.
 
     Args:
         gradients: gradient of each parameter that takes part.
         steps: steps done so far, per parameter.
+        columns_of: what the layer of a slot has seen, for algorithms that need it. Layers that have
+            seen batches of another shape are cohorts of their own.
     """
-    by_step: dict[int, list[Slot]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[tuple[Slot, Columns | None]]] = defaultdict(list)
     for slot in bank.bucket.slots:
-        if slot.param in gradients:
-            by_step[steps[slot.param] + 1].append(slot)
-    for step, slots in by_step.items():
+        if all(index in gradients for index in slot.params):
+            columns = columns_of(slot, gradients) if columns_of else None
+            seen = None if columns is None else columns.inputs.shape[1:3]
+            alike[steps[slot.param] + 1, seen].append((slot, columns))
+    for (step, _), members in alike.items():
+        slots = [slot for slot, _ in members]
         rows = bank.rows(slots)
-        blocks = [slot.view.to_blocks(gradients[slot.param]) for slot in slots]
+        blocks = [slot.to_blocks(gradients) for slot in slots]
+        parts = [columns for _, columns in members if columns is not None]
         gradient = (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(dtype)
         moment = gradient
         if stages.momentum_site == "gradient":
@@ -120,7 +137,12 @@ def split_into_cohorts(
             algorithm=algorithm,
             stages=stages,
             rows=rows,
-            ctx=StepContext(step=step, phases=rows.phases, steps_per_epoch=steps_per_epoch),
+            ctx=StepContext(
+                step=step,
+                phases=rows.phases,
+                steps_per_epoch=steps_per_epoch,
+                columns=Columns.stack(parts) if parts else None,
+            ),
             gradient=gradient,
             direction=moment,
         )
@@ -172,11 +194,13 @@ def _part(cohort: Cohort, slot: Slot, groups: slice) -> Cohort:
     """One slot of a cohort as a cohort of its own, on the same state."""
     state = {name: tensor[groups] for name, tensor in cohort.state.items()}
     rows = BankRows(cohort.rows.bank, [slot], state, None)
+    columns = cohort.ctx.columns
+    columns = None if columns is None else columns.select(groups)
     return replace(
         cohort,
         slots=[slot],
         rows=rows,
-        ctx=replace(cohort.ctx, phases=rows.phases, refreshed=False),
+        ctx=replace(cohort.ctx, phases=rows.phases, columns=columns, refreshed=False),
         gradient=cohort.gradient[groups],
         direction=cohort.direction[groups],
     )
@@ -195,6 +219,48 @@ def _graft(cohorts: Sequence[Cohort], owners: Mapping[str, int], health: Health)
         ratio = target / (norm + NORM_EPS)
         cohort.direction = cohort.direction * ratio
         health.observe("graft_ratio", ratio)
+
+
+def _clip(
+    cohorts: Sequence[Cohort],
+    owners: Mapping[str, int],
+    rates: Mapping[int, float | Tensor],
+    health: Health,
+) -> None:
+    """Shortens directions that would move the weights, or the model's outputs, too far."""
+    clipped = [cohort for cohort in cohorts if cohort.stages.clip_mode != "none"]
+    if not clipped:
+        return
+    limit = clipped[0].stages.clip_limit
+    if clipped[0].stages.clip_mode == "update_rms":
+        norms = _norms(clipped, [_group_squares(c.direction) for c in clipped], "parameter", owners)
+        counts = _sizes(clipped, owners)
+        ratios = [limit * n.sqrt() / x.clamp(min=NORM_EPS) for n, x in zip(counts, norms)]
+    else:
+        change = sum(_step_product(cohort, rates) for cohort in clipped)
+        ratio = (limit / torch.as_tensor(change).clamp(min=NORM_EPS)).sqrt()
+        ratios = [ratio] * len(clipped)
+    for cohort, ratio in zip(clipped, ratios, strict=True):
+        factor = ratio.clamp(max=1)
+        cohort.direction = cohort.direction * factor
+        health.observe("clip_factor", factor)
+
+
+def _step_product(cohort: Cohort, rates: Mapping[int, float | Tensor]) -> Tensor:
+    """lr^2 <direction, gradient> summed over a cohort: twice the change of the model's outputs."""
+    lr = torch.stack([torch.as_tensor(rates[slot.param]) for slot in cohort.slots])
+    sizes = torch.tensor([slot.stop - slot.start for slot in cohort.slots])
+    inner = (cohort.direction * cohort.gradient).sum((-2, -1))
+    return (inner * lr.to(inner).repeat_interleave(sizes.to(inner.device)).square()).sum()
+
+
+def _sizes(cohorts: Sequence[Cohort], owners: Mapping[str, int]) -> list[Tensor]:
+    """Entries of the whole parameter that each group is a part of, ``[G, 1, 1]``."""
+    counts = [cohort.gradient.new_full(cohort.gradient.shape[:1], 1.0) for cohort in cohorts]
+    entries = [
+        count * cohort.gradient[0].numel() for count, cohort in zip(counts, cohorts, strict=True)
+    ]
+    return [norm.square() for norm in _norms(cohorts, entries, "parameter", owners)]
 
 
 def _graft_input_norms(

@@ -1,6 +1,6 @@
 """The stages around an algorithm: grafting and momentum (ALGORITHMS, the pipeline).
 
-    statistics when due -> direction -> grafting -> first moment -> decoupled weight decay -> weight
+    statistics when due -> direction -> grafting -> clip -> first moment -> decoupled decay -> weight
 
 All functions work on stacked ``[G, M, B]`` tensors.
 """
@@ -25,6 +25,8 @@ GRAFTS = (
     "adam",
     "adam_normalized",
 )
+CLIPS = ("none", "update_rms", "kl")
+_CLIP_LIMITS = {"none": 1.0, "update_rms": 0.07, "kl": 1e-3}
 NORM_EPS = 1e-25
 _GRAFT_EPS = 1e-10
 
@@ -60,8 +62,23 @@ class StageOptions:
         None, "decay of the graft's second moment (none: beta2)", low=0, high=1
     )
 
+    clip_mode: str = option(
+        "none",
+        "shorten a parameter's direction to a root mean square, or all directions to a bound of "
+        "lr^2 <direction, gradient> (the KL divergence of K-FAC)",
+        choices=CLIPS,
+    )
+    clip_value: float | None = option(
+        None, "limit of the clip (none: 0.07 for update_rms, 0.001 for kl)", low=0, low_open=True
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def clip_limit(self) -> float:
+        """The limit, or the clip's usual one."""
+        return _CLIP_LIMITS[self.clip_mode] if self.clip_value is None else self.clip_value
 
     @property
     def graft_kind(self) -> str:

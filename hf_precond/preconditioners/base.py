@@ -10,7 +10,7 @@ safetensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from math import inf
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +27,64 @@ State = dict[str, Tensor]
 MAIN, GRAFT, FALLBACK = "main", "graft", "fallback"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerNeeds:
+    """What an algorithm wants to know of its layers' inputs and output gradients.
+
+    Attributes:
+        max_columns: positions kept of a batch at most (None: all), drawn without replacement.
+        by_sample: draw whole samples, so that per-sample gradients stay whole.
+        reduce: one column per sample, its mean input and the sum of its output gradients, in place
+            of one per position (Eschenhagen et al. 2023, K-FAC-reduce and -expand).
+        joint_bias: whether a bias is trained together with its layer's weight.
+        seed: of the draw.
+    """
+
+    max_columns: int | None = None
+    by_sample: bool = False
+    reduce: bool = False
+    joint_bias: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Inputs and output gradients of G groups over N samples of S positions.
+
+    Scaled with T, the positions of the whole batch: inputs a / sqrt(T), output gradients
+    g * sqrt(T), both times sqrt(N / n) where only n were drawn. So their product over all positions
+    is the gradient ``[M, B]``, and neither Gram matrix depends on the batch size.
+
+    Attributes:
+        inputs: ``[G, N, S, B]``; zero at padded positions; the input of a joint bias is one.
+        outputs: ``[G, N, S, M]``.
+        complete: every position of the whole batch on every process is there.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    complete: bool = True
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Returns inputs ``[G, N*S, B]`` and outputs ``[G, N*S, M]``, positions as rows."""
+        return self.inputs.flatten(1, 2), self.outputs.flatten(1, 2)
+
+    def select(self, groups: slice) -> Columns:
+        """Returns the columns of some groups."""
+        return replace(self, inputs=self.inputs[groups], outputs=self.outputs[groups])
+
+    @staticmethod
+    def stack(parts: Sequence[Columns]) -> Columns:
+        """Stacks columns of equal shapes over their groups."""
+        if len(parts) == 1:
+            return parts[0]
+        return Columns(
+            inputs=torch.cat([part.inputs for part in parts]),
+            outputs=torch.cat([part.outputs for part in parts]),
+            complete=all(part.complete for part in parts),
+        )
+
+
 @dataclass(slots=True, kw_only=True)
 class StepContext:
     """What an algorithm may know about the step it is part of.
@@ -36,12 +94,15 @@ class StepContext:
         phases: for each group a share in [0, 1) of an interval, spread over all groups of the
             optimizer by cost: when a staggered refresh of the group is due.
         steps_per_epoch: for schedules by epoch; unknown in a plain loop that does not say.
+        columns: what the layers have seen; None on steps that need none, or where a layer was not
+            used.
         refreshed: whether anything has been due so far; read by the shell.
     """
 
     step: int
     phases: Sequence[float] = ()
     steps_per_epoch: float | None = None
+    columns: Columns | None = None
     refreshed: bool = False
 
     def due(self, interval: int, *, refreshes: bool = True) -> bool:
@@ -50,7 +111,7 @@ class StepContext:
         Args:
             refreshes: whether what is due can fail, so that going well ends a streak of failures.
         """
-        due = (self.step - 1) % interval == 0
+        due = is_due(self.step, interval)
         self.refreshed |= due and refreshes
         return due
 
@@ -94,6 +155,11 @@ class StepContext:
         return x
 
 
+def is_due(step: int, interval: int) -> bool:
+    """True at steps 1, 1 + interval, 1 + 2 * interval, ..."""
+    return (step - 1) % interval == 0
+
+
 @runtime_checkable
 class Preconditioner(Protocol):
     """A frozen dataclass whose fields are the hyperparameters of one algorithm."""
@@ -131,6 +197,17 @@ def placement(algorithm: Preconditioner, shape: Shape) -> Placement:
     """Asks an algorithm for the placement of a view; one without an opinion takes it whole."""
     place = getattr(algorithm, "place", None)
     return Placement() if place is None else place(shape)
+
+
+def layer_needs(algorithm: Preconditioner) -> LayerNeeds | None:
+    """What an algorithm wants to know of its layers; None for one that needs gradients only."""
+    return getattr(algorithm, "layer_needs", None)
+
+
+def captures_at(algorithm: Preconditioner, step: int) -> bool:
+    """Whether an algorithm wants the columns of a step."""
+    wants = getattr(algorithm, "captures_at", None)
+    return wants is not None and bool(wants(step))
 
 
 def option(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from hf_precond.views.joint import Joint
 from hf_precond.views.tiles import Tiles
 from hf_precond.views.view import ParamView
 
-AnyView = ParamView | Tiles
+AnyView = ParamView | Tiles | Joint
 Key = tuple[str, torch.device, int]
 
 
@@ -21,6 +23,7 @@ class PlannedView:
     Attributes:
         param: index of the parameter.
         view: its window, or equal tiles of it.
+        bias: index of the bias that a joint view takes along.
         number: index of the window among all windows of the optimizer.
         first_group: index of the window's first group among all groups of the optimizer.
         key: views stack only with views of an equal key (role, device, chunk).
@@ -28,6 +31,7 @@ class PlannedView:
 
     param: int
     view: AnyView
+    bias: int | None = None
     number: int = 0
     first_group: int = 0
     key: Key
@@ -39,10 +43,31 @@ class Slot:
 
     param: int
     view: AnyView
+    bias: int | None
     number: int
     first_group: int
     start: int
     stop: int
+
+    @property
+    def params(self) -> tuple[int, ...]:
+        """Indices of the parameter and, in a joint view, of its bias."""
+        return (self.param,) if self.bias is None else (self.param, self.bias)
+
+    def to_blocks(self, tensors: Mapping[int, Tensor]) -> Tensor:
+        """Returns ``[G, M, B]`` from the tensors of its parameters."""
+        return self.view.to_blocks(*(tensors[index] for index in self.params))
+
+    def add_from_blocks(
+        self, params: Sequence[Tensor], blocks: Tensor, alphas: Sequence[float | Tensor]
+    ) -> None:
+        """Adds blocks to its parameters, in place, each with its own factor."""
+        if isinstance(self.view, Joint):
+            assert self.bias is not None
+            weight, bias = params[self.param], params[self.bias]
+            self.view.add_from_blocks(weight, bias, blocks, (alphas[0], alphas[1]))
+        else:
+            self.view.add_from_blocks(params[self.param], blocks, alphas[0])
 
     def owners(self, scope: str) -> list[int]:
         """For each group of the slot, the parameter, view or group it is a part of.
@@ -72,7 +97,7 @@ class Bucket:
     @property
     def params(self) -> tuple[int, ...]:
         """Indices of the parameters that have a view here, each once."""
-        return tuple(dict.fromkeys(slot.param for slot in self.slots))
+        return tuple(dict.fromkeys(index for slot in self.slots for index in slot.params))
 
 
 def plan_buckets(views: Iterable[PlannedView], *, max_elements: int) -> list[Bucket]:
@@ -116,6 +141,7 @@ def _bucket(items: Sequence[PlannedView]) -> Bucket:
             Slot(
                 param=item.param,
                 view=item.view,
+                bias=item.bias,
                 number=item.number,
                 first_group=item.first_group,
                 start=start,

@@ -14,8 +14,10 @@ from tests.reference import (
     block_adam,
     frequent_directions,
     full_matrix,
+    kfac,
     muon,
     ng_plus,
+    seng,
     shampoo,
     shared_basis,
     sketchy,
@@ -36,6 +38,8 @@ _FAMILIES = (
     ng_plus,
     soap,
     muon,
+    kfac,
+    seng,
 )
 REFERENCES: dict[str, ReferenceRow] = {
     name: row for family in _FAMILIES for name, row in family.ROWS.items()

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from tests.scripts.conftest import load_script
 from trainer_ext.config_file import parse_config_and_command_line, read_yaml_mapping, to_arguments
 
 Parse = Callable[[Sequence[str]], tuple[Any, ...]]
@@ -35,6 +36,20 @@ def parse(train_lm: ModuleType) -> Parse:
 def test_lm_configs_are_valid_arguments(parse: Parse, path: Path) -> None:
     *_, args = parse([str(path)])
     assert args.optim == read_yaml_mapping(path)["optim"]
+
+
+@pytest.mark.parametrize("path", _files("vision"), ids=lambda path: path.stem)
+def test_vision_configs_are_valid_arguments(path: Path) -> None:
+    script = load_script("train_classifier")
+    types = (script.ModelArguments, script.DataArguments, TrainingArguments)
+    model_args, _, args = parse_config_and_command_line(types, [str(path)])
+    content = read_yaml_mapping(path)
+    assert args.optim == content["optim"]
+    assert path.stem == content["optim"].removesuffix("_torch")
+    # Builds the optimizer's options for the model, and so checks them.
+    config = script.vision_preset_config(model_args.preset)
+    model = script.AutoModelForImageClassification.from_config(config)
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
 @pytest.mark.parametrize("path", _files("bench"), ids=lambda path: path.stem)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_precond import PreconditionedOptimizer, create_optimizer, option_specs
+from hf_precond.preconditioners.base import Columns, layer_needs
+from hf_precond.views.plan import Slot
+from hf_precond.views.tiles import Tiles
 from hf_precond.views.view import ParamView
+from tests.reference.columns import gradient_columns
 
 # Small enough for fast tests; each is used where an optimizer has the option.
 SMALL = {
     "rank": 3,
     "update_interval": 2,
     "root_interval": 2,
+    "inverse_interval": 2,
+    "brand_interval": 2,
+    "rsvd_interval": 4,
+    "correction_interval": 4,
+    "max_columns": 64,
     "start_step": 3,
     "state_dtype": "float64",
 }
@@ -26,7 +35,52 @@ def build(name: str, model: Any, *, lr: float = LR, **options: Any) -> Precondit
     """Builds an optimizer; options that this one does not have are left out."""
     shell = {key: options.pop(key) for key in ("weight_decay", "rules") if key in options}
     known = {key: value for key, value in (SMALL | options).items() if key in option_specs(name)}
-    return create_optimizer(model, name, lr=lr, **shell, **known)
+    return fed(create_optimizer(model, name, lr=lr, **shell, **known), model)
+
+
+class GradientColumns:
+    """Columns made up from gradients, for parameters without a layer; see tests.reference.columns."""
+
+    def arm(self, steps: Mapping[int, int]) -> None:
+        """Nothing to prepare."""
+
+    def collect(self, loss_scale: float | Tensor) -> None:
+        """Nothing to end."""
+
+    def clear(self) -> None:
+        """Nothing to drop."""
+
+    def columns(self, slot: Slot, gradients: Mapping[int, Tensor]) -> Columns:
+        """Of each group: as many samples of one position as its whole matrix has columns."""
+        gradient = gradients[slot.param]
+        whole = slot.view.base if isinstance(slot.view, Tiles) else slot.view
+        parts = [gradient_columns(grads) for grads in whole.to_blocks(gradient).double()]
+        inputs = torch.stack([part.inputs for part in parts])
+        outputs = torch.stack([part.outputs for part in parts])
+        if isinstance(slot.view, Tiles):
+            rows, columns = torch.meshgrid(*map(torch.arange, whole.shape[1:]), indexing="ij")
+            rows, columns = (_in_tiles(slot.view, gradient, index) for index in (rows, columns))
+            tiles = slot.view.tiles_per_group
+            inputs = inputs.repeat_interleave(tiles, 0)
+            outputs = outputs.repeat_interleave(tiles, 0)
+            inputs = torch.stack([x[..., i] for x, i in zip(inputs, columns[:, 0], strict=True)])
+            outputs = torch.stack([x[..., i] for x, i in zip(outputs, rows[:, :, 0], strict=True)])
+        dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        return Columns(inputs=inputs.to(dtype), outputs=outputs.to(dtype))
+
+
+def _in_tiles(view: Tiles, like: Tensor, index: Tensor) -> Tensor:
+    """Row or column numbers [M, B] of a group as its tiles have them."""
+    numbers = torch.zeros(like.shape, dtype=torch.long)
+    view.base.copy_from_blocks(numbers, index.expand(view.base.shape))
+    return view.to_blocks(numbers)
+
+
+def fed(optimizer: PreconditionedOptimizer, model: Any = None) -> PreconditionedOptimizer:
+    """The optimizer, with made-up columns where it needs some and has no model."""
+    if layer_needs(optimizer.recipe.algorithm) and not isinstance(model, nn.Module):
+        optimizer.feed(GradientColumns())
+    return optimizer
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Parameter:

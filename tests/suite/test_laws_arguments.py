@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_precond import create_optimizer, list_optimizers, optimizer_info, option_specs, resolve
+from hf_precond.preconditioners.schedule import Schedule
 from hf_precond.views.view import rows
 from tests.suite.building import group, parameter
 
@@ -124,6 +125,28 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("damping_decay", 0.0),
     ("damping_mode", "trace"),
     ("sketch_size", 0),
+    ("factor_decay", 1.0),
+    ("brand_interval", 0),
+    ("rsvd_interval", 0),
+    ("correction_interval", 0),
+    ("correction_share", 0.0),
+    ("correction_share", 1.5),
+    ("factor_form", "svd"),
+    ("application", "fast"),
+    ("overwrite", "always"),
+    ("weight_sharing", "sum"),
+    ("max_columns", 0),
+    ("max_dim", 0),
+    ("power_iterations", -1),
+    ("oversampling", -1),
+    ("rank_target", 0.0),
+    ("rank_step", 0),
+    ("sample_size", 0),
+    ("curvature", "hessian"),
+    ("solver", "lu"),
+    ("sketch_rows", 0),
+    ("clip_mode", "norm"),
+    ("clip_value", 0.0),
     ("ns_steps", 0),
     ("ns_steps", 100),
     ("ns_coefficients", (1.0, 2.0)),
@@ -141,6 +164,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
         for row in list_optimizers()
         for option, value in BAD_VALUES
         if option in option_specs(row)
+        # A schedule may be written as text.
+        and not (option_specs(row)[option].type is Schedule and value in ("32", 2.0))
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ from tests.suite.building import (
     assert_bit_equal,
     assert_same,
     build,
+    fed,
     group,
     parameter,
     params_of,
@@ -155,6 +156,7 @@ def test_a_copy_continues_alike_and_apart(name: str, duplicate: Callable) -> Non
     optimizer = mixed_optimizer(name)
     run(optimizer, range(1, 4))
     _, twin = duplicate((params_of(optimizer), optimizer))
+    fed(twin)
     before = [param.detach().clone() for param in params_of(optimizer)]
     run(twin, range(4, 7))
     assert_bit_equal(params_of(optimizer), before, "the original's weight")

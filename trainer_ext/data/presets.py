@@ -7,11 +7,14 @@ Zhao et al. 2024), so that results can be set beside it. The 7m and 9m ones trai
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
+
+_COMMAS_OUTSIDE_LISTS = re.compile(r",(?![^\[]*\])")
 
 TOKENIZER_DECIDES = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
@@ -91,10 +94,12 @@ def preset_config(name: str) -> PretrainedConfig:
 def override_config(config: PretrainedConfig, overrides: str) -> None:
     """Sets `key=value,...` on the configuration, with the type of the value that was there.
 
+    Lists are written as in JSON: `hidden_sizes=[16,32]`.
+
     Raises:
         ValueError: a malformed item, an unknown key or a value of another type.
     """
-    for item in overrides.split(","):
+    for item in _COMMAS_OUTSIDE_LISTS.split(overrides):
         key, equals, text = item.partition("=")
         if not equals or not hasattr(config, key):
             raise ValueError(
