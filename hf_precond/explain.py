@@ -12,8 +12,8 @@ from hf_precond.optim.layout import joint_biases
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
 from hf_precond.preconditioners.base import FALLBACK, GRAFT, MAIN, Placement, placement
-from hf_precond.registry import recipe_layers, recipe_rules, resolve
-from hf_precond.views.rules import Rule, assign_all
+from hf_precond.registry import assign_layers, resolve
+from hf_precond.views.rules import Rule
 from hf_precond.views.tiles import tile
 from hf_precond.views.view import ParamView
 
@@ -48,14 +48,13 @@ def explain_groups(
         ValueError: for an unknown name or option, or a value that is not allowed.
     """
     recipe = resolve(name, options)
-    assigned = assign_all(model, recipe_rules(recipe, rules))
-    layers = recipe_layers(recipe, assigned)
+    assigned = assign_layers(model, recipe, rules)
     optimizer = PreconditionedOptimizer(
         [
             {
-                "params": [(info.name, info.param) for info, _ in assigned],
-                "views": [[view.to_plain() for view in found.views] for _, found in assigned],
-                "layers": layers,
+                "params": [(info.name, info.param) for info, _, _ in assigned],
+                "views": [[view.to_plain() for view in found.views] for _, found, _ in assigned],
+                "layers": [layer for _, _, layer in assigned],
             }
         ],
         recipe,
@@ -66,7 +65,7 @@ def explain_groups(
         state_bytes[index] += meta.numel() * meta.element_size()
     effective_rank = getattr(recipe.algorithm, "effective_rank", None)
     rows = []
-    for index, ((info, found), size) in enumerate(zip(assigned, state_bytes, strict=True)):
+    for index, ((info, found, _), size) in enumerate(zip(assigned, state_bytes, strict=True)):
         joint = index in with_weight
         places = [placement(recipe.algorithm, view.shape) for view in found.views]
         taken = [view for view, at in zip(found.views, places, strict=True) if at.role == MAIN]

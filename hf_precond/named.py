@@ -15,7 +15,7 @@ class NamedOptimizer(PreconditionedOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs or param groups. Views follow from shapes:
             give a module to :func:`hf_precond.create_optimizer` to have embeddings left to the
-            fallback.
+            fallback. Optimizers that look inside the layers need ``optimizer.attach(model)``.
         lr: learning rate.
         weight_decay: decoupled weight decay.
         **options: the options of the optimizer, see :func:`hf_precond.option_specs`.
@@ -126,3 +126,51 @@ class Muon(NamedOptimizer):
     """Momentum with its singular values brought to one (Jordan et al. 2024)."""
 
     registry_name = "muon"
+
+
+class NGPlusPerSample(NamedOptimizer):
+    """NG+ with curvature from per-sample gradients (Yang et al. 2021)."""
+
+    registry_name = "ng_plus_per_sample"
+
+
+class KFAC(NamedOptimizer):
+    """K-FAC with full decompositions (Martens and Grosse 2015)."""
+
+    registry_name = "kfac"
+
+
+class RSKFAC(NamedOptimizer):
+    """K-FAC with randomized singular value decompositions (Puiu 2022)."""
+
+    registry_name = "rs_kfac"
+
+
+class SREKFAC(NamedOptimizer):
+    """K-FAC with randomized symmetric eigenvalue decompositions (Puiu 2022)."""
+
+    registry_name = "sre_kfac"
+
+
+class BKFAC(NamedOptimizer):
+    """K-FAC with eigenpairs updated online (Puiu 2022)."""
+
+    registry_name = "b_kfac"
+
+
+class BRKFAC(NamedOptimizer):
+    """B-KFAC overwritten by randomized decompositions (Puiu 2022)."""
+
+    registry_name = "b_r_kfac"
+
+
+class BKFACC(NamedOptimizer):
+    """B-KFAC with random directions corrected (Puiu 2022)."""
+
+    registry_name = "b_kfac_c"
+
+
+class SENG(NamedOptimizer):
+    """Sketchy empirical natural gradient (Yang et al. 2021)."""
+
+    registry_name = "seng"

@@ -6,7 +6,7 @@ Adding an algorithm is one file in ``preconditioners`` and one entry in ``_MODUL
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
@@ -48,7 +48,7 @@ from hf_precond.preconditioners.base import (
     option,
 )
 from hf_precond.preconditioners.schedule import FORMS, Schedule
-from hf_precond.statistics.layers import layer_layouts, layer_rule
+from hf_precond.statistics.layers import layer_layouts, with_known_layers
 from hf_precond.views.rules import GENERAL_RULES, Assignment, ParamInfo, Rule, assign_all
 
 _MODULES = (
@@ -237,8 +237,7 @@ def param_groups(
     matrices: dict[str, Any] = {"params": [], "views": [], "layers": []}
     matrices["weight_decay"] = weight_decay
     vectors: dict[str, Any] = {"params": [], "views": [], "layers": [], "weight_decay": 0.0}
-    assigned = assign_all(model, recipe_rules(recipe, rules))
-    for (info, assignment), layer in zip(assigned, recipe_layers(recipe, assigned), strict=True):
+    for info, assignment, layer in assign_layers(model, recipe, rules):
         group = vectors if info.param.ndim < 2 else matrices
         group["params"].append((info.name, info.param))
         group["views"].append([view.to_plain() for view in assignment.views])
@@ -246,23 +245,21 @@ def param_groups(
     return [group for group in (matrices, vectors) if group["params"]]
 
 
-def recipe_rules(recipe: Recipe, rules: Iterable[Rule] | None = None) -> tuple[Rule, ...]:
-    """Returns view rules with what the algorithm of a recipe adds to them.
+def assign_layers(
+    model: nn.Module, recipe: Recipe, rules: Iterable[Rule] | None = None
+) -> list[tuple[ParamInfo, Assignment, list[Any]]]:
+    """Returns every trainable parameter with its views and, for algorithms that look inside the
+    layers, how its layer reads it as a plain list.
 
     Args:
-        rules: default :data:`GENERAL_RULES`.
+        rules: view rules, first match wins; default :data:`GENERAL_RULES`.
     """
-    rules = GENERAL_RULES if rules is None else tuple(rules)
-    return rules if layer_needs(recipe.algorithm) is None else (layer_rule, *rules)
-
-
-def recipe_layers(
-    recipe: Recipe, assigned: Sequence[tuple[ParamInfo, Assignment]]
-) -> list[list[Any]]:
-    """Returns for each parameter how its layer reads it, empty where the algorithm does not ask."""
+    assigned = assign_all(model, GENERAL_RULES if rules is None else rules)
     if layer_needs(recipe.algorithm) is None:
-        return [[] for _ in assigned]
-    return layer_layouts(assigned)
+        return [(info, assignment, []) for info, assignment in assigned]
+    assigned = with_known_layers(assigned)
+    layouts = layer_layouts(assigned)
+    return [(*pair, layout) for pair, layout in zip(assigned, layouts, strict=True)]
 
 
 def _option_classes(info: OptimizerInfo) -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -20,12 +20,11 @@ from transformers.trainer_utils import check_target_module_exists
 from hf_precond import explain
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
-from hf_precond.registry import option_specs, recipe_layers, recipe_rules, resolve
+from hf_precond.registry import assign_layers, option_specs, resolve
 from hf_precond.views.rules import (
     Assignment,
     ParamInfo,
     Rule,
-    assign_all,
     canonical_name,
     fallback,
 )
@@ -138,9 +137,7 @@ def build_optimizer(
     recipe = resolve(name, options)
     layout = make_layout(model, recipe)
     groups = decay_groups(model, weight_decay) if groups is None else groups
-    return TrainerOptimizer(
-        groups, layout=layout, recipe=recipe, lr=lr, weight_decay=weight_decay
-    )
+    return TrainerOptimizer(groups, layout=layout, recipe=recipe, lr=lr, weight_decay=weight_decay)
 
 
 def explain_groups(model: nn.Module, name: str, **options: Any) -> list[explain.GroupRow]:
@@ -227,8 +224,7 @@ def make_layout(model: nn.Module, recipe: Recipe, extra_rules: Sequence[Rule] = 
         param: (canonical_name(name), [], []) for name, param in model.named_parameters()
     }
     rules = (*extra_rules, *architecture_rules(model, recipe))
-    assigned = assign_all(model, recipe_rules(recipe, rules))
-    for (info, assignment), layer in zip(assigned, recipe_layers(recipe, assigned), strict=True):
+    for info, assignment, layer in assign_layers(model, recipe, rules):
         views = [view.to_plain() for view in assignment.views]
         entries[info.param] = info.name, views, layer
     return Layout(model, entries)

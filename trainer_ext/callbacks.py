@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.preconditioners.base import layer_needs
 from trainer_ext.build import plan_line
 from trainer_ext.log import get_logger
 from trainer_ext.served import served_names
@@ -21,7 +22,8 @@ HEALTH_PREFIX = "optim_"
 class OptimizerInUseCallback(TrainerCallback):
     """Shows the plan when training begins; refuses another optimizer than was asked for.
 
-    Also tells the optimizer how long an epoch is, for schedules by epoch.
+    Also tells the optimizer how long an epoch is, for schedules by epoch, and what scales the loss,
+    for what layers have seen.
     """
 
     def on_train_begin(
@@ -38,6 +40,13 @@ class OptimizerInUseCallback(TrainerCallback):
             )
         if ours:
             set_steps_per_epoch(inner, args, kwargs.get("train_dataloader"))
+            inner.grad_scaler = getattr(kwargs["optimizer"], "scaler", None)
+            if args.torch_compile and layer_needs(inner.recipe.algorithm) is not None:
+                logger.warning(
+                    "%s hooks the model's layers: torch_compile breaks its graphs there and "
+                    "compiles again on steps that capture",
+                    in_use,
+                )
             inner.health()  # starts the first logging interval here
             if state.is_world_process_zero:
                 logger.info(plan_line(inner))

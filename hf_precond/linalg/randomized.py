@@ -20,7 +20,7 @@ METHODS = ("rsvd", "srevd")
 def leading_eigenpairs(
     a_NN: Tensor, rank: int, *, oversampling: int, power_iterations: int, seed: int, method: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns vectors ``[G, N, rank]`` and values ``[G, rank]``, descending, of ``a`` ``[G, N, N]``.
+    """Returns vectors ``[G, N, rank]`` and descending values ``[G, rank]`` of ``a`` ``[G, N, N]``.
 
     Args:
         rank: at most N. Where rank + oversampling >= N nothing is left to chance and an
@@ -52,7 +52,7 @@ def leading_eigenpairs(
 
 
 def gaussian(rows: int, columns: int, *, seed: int, like: Tensor) -> Tensor:
-    """A seeded Gaussian, drawn in float64 on the CPU so that every dtype and device has the same."""
+    """A seeded Gaussian, drawn in float64 on the CPU: the same for every dtype and device."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     return drawn.to(dtype=like.dtype, device=like.device)

@@ -53,7 +53,7 @@ class Health:
     def take(self) -> dict[str, float]:
         """Returns all figures and starts anew."""
         figures = {name: float(total) / self._observed[name] for name, total in self._sums.items()}
-        for name in ("skipped_nonfinite", "failed_updates"):
+        for name in ("skipped_nonfinite", "failed_updates", "missing_columns"):
             figures[name] = float(self._counts[name])
         if self._events:
             self._events[-1][1].synchronize()

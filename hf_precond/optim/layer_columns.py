@@ -12,11 +12,11 @@ from hf_precond.optim.layout import group_names
 from hf_precond.preconditioners.base import Columns, LayerNeeds
 from hf_precond.statistics.captured import Captured
 from hf_precond.statistics.layer_io import LayerIO
-from hf_precond.statistics.layers import layer_layouts, layer_rule
+from hf_precond.statistics.layers import layer_layouts, with_known_layers
 from hf_precond.views.joint import Joint
 from hf_precond.views.plan import Slot
 from hf_precond.views.positions import WeightLayout, positions
-from hf_precond.views.rules import Assignment, ParamInfo, iter_params
+from hf_precond.views.rules import Assignment, iter_params
 from hf_precond.views.view import ParamView
 
 
@@ -140,23 +140,17 @@ def take_layers(param_groups: Sequence[MutableMapping[str, Any]], model: nn.Modu
     found = [[infos[id(param)] for param in group["params"]] for group in param_groups]
     if any(layout for group in param_groups for layout in group["layers"]):
         return
-    assigned = [
-        (info, Assignment(views=_views_of(info, plain), reason=""))
+    assigned = with_known_layers(
+        (info, Assignment(views=tuple(map(ParamView.from_plain, plain)), reason=""))
         for group, members in zip(param_groups, found, strict=True)
         for info, plain in zip(members, group["views"], strict=True)
-    ]
+    )
     layouts = iter(layer_layouts(assigned))
     views = iter(assigned)
     for group, members in zip(param_groups, found, strict=True):
         group["param_names"] = [info.name for info in members]
         group["views"] = [[view.to_plain() for view in next(views)[1].views] for _ in members]
         group["layers"] = [next(layouts) for _ in members]
-
-
-def _views_of(info: ParamInfo, plain: Sequence[Any]) -> tuple[ParamView, ...]:
-    if layer_rule(info) is not None:
-        return ()
-    return tuple(ParamView.from_plain(view) for view in plain)
 
 
 def _picked(x_NSF: Tensor, index_GK: Tensor | None) -> Tensor:

@@ -57,9 +57,9 @@ def placed_views(
         for param, plain, layer in zip(
             group["params"], group["views"], group["layers"], strict=True
         ):
-            views: list[ParamView | Joint] = [ParamView.from_plain(view) for view in plain]
-            if index in biases:
-                views = [_joint(view, layer, param) for view in views]
+            own = [ParamView.from_plain(view) for view in plain]
+            joint = index in biases
+            views = [_joint(view, layer, param) if joint else view for view in own]
             pairs = [(view, placement(algorithm, view.shape)) for view in views]
             if not pairs and index not in with_weight:
                 pairs = [(flat(param.shape), Placement(role=FALLBACK))]
@@ -97,9 +97,7 @@ def joint_biases(
                 layout = WeightLayout.from_plain(layer)
                 views = [ParamView.from_plain(view) for view in plain]
                 # One place: the algorithm takes all of the weight or none of it.
-                taken = all(
-                    placement(algorithm, _wider(view.shape)).role == MAIN for view in views
-                )
+                taken = all(placement(algorithm, _wider(view.shape)).role == MAIN for view in views)
                 rows = sum(view.shape[0] * view.shape[1] for view in views)
                 if layout.bias in position and taken and rows == layout.num_outputs(param.shape):
                     found[index] = position[layout.bias]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from hf_precond.linalg.precision import highest_matmul_precision
 from hf_precond.optim.banks import Bank
+from hf_precond.optim.capture import Capture
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.health import Health
-from hf_precond.optim.layer_columns import ColumnSource, LayerColumns, take_layers
+from hf_precond.optim.layer_columns import ColumnSource
 from hf_precond.optim.layout import (
     PlacedView,
     buckets_of,
@@ -37,14 +38,11 @@ from hf_precond.preconditioners.base import (
     FALLBACK,
     GRAFT,
     MAIN,
-    Columns,
     Preconditioner,
     State,
-    captures_at,
-    layer_needs,
 )
 from hf_precond.preconditioners.diagonal import Identity
-from hf_precond.views.plan import Bucket, Slot, clusters
+from hf_precond.views.plan import Bucket, clusters
 from hf_precond.views.view import ParamView, check_cover, rows
 
 logger = logging.getLogger(__name__)
@@ -52,10 +50,6 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 # A start step for what is left to the graft partner.
 _NEVER = 2**62
-
-
-class LayerInputError(RuntimeError, ArithmeticError):
-    """An algorithm that needs the inputs of its layers does not get them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +147,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with self._health.timed(self._device), highest_matmul_precision():
             self._ensure_state()
-            loss_scale = self._loss_scale()
+            grads = [param.grad for param in self._params if param.grad is not None]
+            loss_scale = self._capture.loss_scale(self, grads)
             if loss_scale is None:
                 return loss
             gradients = self._ready_gradients()
-            self._collect_columns(loss_scale)
+            self._capture.collect(self._banks, self._steps, loss_scale)
             for cluster in self._clusters:
                 self._step_cluster(cluster, gradients)
             for index in gradients:
@@ -169,8 +164,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets all gradients, and forgets what layers have seen on the way to them."""
         super().zero_grad(set_to_none)
-        if self._columns is not None:
-            self._columns.clear()
+        self._capture.clear()
 
     def attach(self, model: nn.Module) -> None:
         """Captures what the layers of a model see from now on, for algorithms that need it.
@@ -181,30 +175,40 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a parameter that is none of the model's.
         """
-        needs = layer_needs(self.recipe.algorithm)
-        if needs is None:
+        if not self._capture.is_needed:
             return
-        take_layers(self.param_groups, model)
-        self.detach()
+        self._capture.attach(model, self.param_groups)
         self._forget_banks()
-        self._columns = LayerColumns(
-            model, self.param_groups, needs, dtype=self.recipe.numerics.dtype
-        )
         if self.state:
             self._ensure_state()
         self._arm()
 
     def detach(self) -> None:
         """Takes the hooks of :meth:`attach` off the model."""
-        if isinstance(self._columns, LayerColumns):
-            self._columns.remove()
-        self._columns = None
+        self._capture.detach()
 
     def feed(self, source: ColumnSource) -> None:
         """Takes columns from another source than hooks on a model."""
         self.detach()
-        self._columns = source
+        self._capture.source = source
         self._arm()
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler of the loss, where what layers have seen must be unscaled, too.
+
+        The Trainer sets it. A loop of its own needs it only if it calls ``scaler.unscale_``.
+        """
+        return self._capture.grad_scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._capture.grad_scaler = scaler
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Torch's protocol by which a GradScaler hands its scale over."""
+        return self._capture.awaits_loss_scale
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict, keeping dtypes and this optimizer's own views.
@@ -310,8 +314,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._num_reported = 0
         self._health = Health()
         # Torch loads a state dict through __setstate__, too: what is attached stays attached.
-        self._columns: ColumnSource | None = getattr(self, "_columns", None)
-        self.grad_scaler: torch.amp.GradScaler | None = getattr(self, "grad_scaler", None)
+        self._capture: Capture = getattr(self, "_capture", None) or Capture(self.recipe)
 
     def _forget_banks(self) -> None:
         """The next step lays the state out anew, from what ``state`` holds then."""
@@ -451,90 +454,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._faults.clear(gradients, "skipped_nonfinite")
         return gradients
 
-    # -- what the layers have seen --
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler is to hand its scale over instead of unscaling the gradients.
-
-        Captured columns carry the scale, too. Where :attr:`grad_scaler` is known, it is asked.
-        """
-        return self._columns is not None and self.grad_scaler is None
-
-    def _loss_scale(self) -> float | Tensor | None:
-        """What the captured columns were scaled with; None after an overflow: no step then.
-
-        Raises:
-            LayerInputError: the scale is not known.
-        """
-        if self._columns is None:
-            return 1.0
-        if self.grad_scaler is not None:
-            return self.grad_scaler.get_scale()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return 1.0
-        if bool(found_inf):
-            self._columns.clear()
-            return None
-        scale = getattr(self, "grad_scale", None)
-        if scale is None:
-            raise LayerInputError(
-                "the gradients were unscaled before the step, what the layers have seen was not: "
-                "set optimizer.grad_scaler = scaler once"
-            )
-        grads = [param.grad for param in self._params if param.grad is not None]
-        torch._foreach_div_(grads, scale)
-        return scale
-
     def _arm(self) -> None:
-        """Says for which parameters the next step wants columns."""
-        if self._columns is None:
-            return
-        done = self._steps or [0] * sum(len(group["params"]) for group in self.param_groups)
-        steps = {index: step + 1 for index, step in enumerate(done)}
-        algorithm = self.recipe.algorithm
-        self._columns.arm({i: step for i, step in steps.items() if captures_at(algorithm, step)})
-
-    def _collect_columns(self, loss_scale: float | Tensor) -> None:
-        """Ends the capture of this step.
-
-        Raises:
-            LayerInputError: if nothing captures the columns that the algorithm needs.
-        """
-        algorithm = self.recipe.algorithm
-        if layer_needs(algorithm) is None:
-            return
-        wanted = any(
-            captures_at(algorithm, self._steps[slot.param] + 1)
-            for bank in self._banks
-            if bank.bucket.key[0] == MAIN
-            for slot in bank.bucket.slots
-        )
-        if not wanted:
-            return
-        if self._columns is None:
-            raise LayerInputError(
-                f"{self.recipe.name} needs the inputs of the model's layers: build it with "
-                "create_optimizer(model, ...), or call optimizer.attach(model)"
-            )
-        self._columns.collect(loss_scale)
-
-    def _slot_columns(self, slot: Slot, gradients: Mapping[int, Tensor]) -> Columns | None:
-        """Columns of a slot; a layer that had a gradient but no columns is counted."""
-        step = self._steps[slot.param] + 1
-        if self._columns is None or not captures_at(self.recipe.algorithm, step):
-            return None
-        columns = self._columns.columns(slot, gradients)
-        if columns is None:
-            what = "its layer had a gradient, but its input was not captured"
-            self._faults.count([slot.param], "missing_columns", what, LayerInputError)
-        else:
-            self._faults.clear([slot.param], "missing_columns")
-        return columns
+        """Prepares the capture of the next step."""
+        count = sum(len(group["params"]) for group in self.param_groups)
+        self._capture.arm(self._steps or [0] * count)
 
     def _step_cluster(self, cluster: Sequence[Bank], gradients: Mapping[int, Tensor]) -> None:
         """Runs all buckets that share parameters, from their gradients to their weights."""
+        columns_of = self._capture.columns_of(self._steps, self._faults)
         cohorts = [
             cohort
             for bank in cluster
@@ -545,7 +472,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 self._steps,
                 self.recipe.numerics.dtype,
                 self.steps_per_epoch,
-                self._slot_columns if bank.bucket.key[0] == MAIN else None,
+                columns_of if bank.bucket.key[0] == MAIN else None,
             )
         ]
         schedule = self.recipe.schedules.lr_schedule

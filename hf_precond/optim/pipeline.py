@@ -32,8 +32,6 @@ from hf_precond.optim.stages import (
 from hf_precond.preconditioners.base import Columns, Preconditioner, State, StepContext
 from hf_precond.views.plan import Slot
 
-ColumnsOf = Callable[[Slot, Mapping[int, Tensor]], "Columns | None"]
-
 
 @dataclass(slots=True, kw_only=True)
 class Cohort:
@@ -106,7 +104,7 @@ def split_into_cohorts(
     steps: Sequence[int],
     dtype: torch.dtype,
     steps_per_epoch: float | None = None,
-    columns_of: ColumnsOf | None = None,
+    columns_of: Callable[[Slot, Mapping[int, Tensor]], Columns | None] | None = None,
 ) -> Iterator[Cohort]:
     """Yields the cohorts of a bucket with their gradients stacked in the state dtype.
 
@@ -235,7 +233,10 @@ def _clip(
     if clipped[0].stages.clip_mode == "update_rms":
         norms = _norms(clipped, [_group_squares(c.direction) for c in clipped], "parameter", owners)
         counts = _sizes(clipped, owners)
-        ratios = [limit * n.sqrt() / x.clamp(min=NORM_EPS) for n, x in zip(counts, norms)]
+        ratios = [
+            limit * count.sqrt() / norm.clamp(min=NORM_EPS)
+            for count, norm in zip(counts, norms, strict=True)
+        ]
     else:
         change = sum(_step_product(cohort, rates) for cohort in clipped)
         ratio = (limit / torch.as_tensor(change).clamp(min=NORM_EPS)).sqrt()

@@ -1,6 +1,6 @@
 """The stages around an algorithm: grafting and momentum (ALGORITHMS, the pipeline).
 
-    statistics when due -> direction -> grafting -> clip -> first moment -> decoupled decay -> weight
+    statistics when due -> direction -> grafting -> clip -> first moment -> decay -> weight
 
 All functions work on stacked ``[G, M, B]`` tensors.
 """

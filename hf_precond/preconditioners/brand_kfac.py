@@ -69,13 +69,13 @@ class BrandKFac(RandomizedKFac):
 
     def check_stages(self, stages: Any) -> None:
         """Raises ValueError where a stage would put something else in the gradient's place."""
-        if self.application == "linear" and stages.momentum_site == "gradient":
-            if stages.momentum != "none":
-                raise ValueError(
-                    "application = 'linear' is not allowed with momentum_site = 'gradient': the "
-                    "columns are those of the gradient, not of its momentum; use "
-                    "momentum_site = 'direction'"
-                )
+        of_moment = stages.momentum_site == "gradient" and stages.momentum != "none"
+        if self.application == "linear" and of_moment:
+            raise ValueError(
+                "application = 'linear' is not allowed with momentum_site = 'gradient': the "
+                "columns are those of the gradient, not of its momentum; use "
+                "momentum_site = 'direction'"
+            )
 
     def captures_at(self, step: int) -> bool:
         """Columns of all steps for the linear application, else of those that take them in."""
@@ -117,9 +117,9 @@ class BrandKFac(RandomizedKFac):
         if not self._is_brand(size):
             return RandomizedKFac._update_side(self, side, columns, ctx)
         changed: State = {}
-        if self._has_factor(size) and columns is not None:
-            if ctx.due(self.update_interval, refreshes=False):
-                changed = self._updated_factor(side, columns)
+        kept = self._has_factor(size) and ctx.due(self.update_interval, refreshes=False)
+        if kept and columns is not None:
+            changed = self._updated_factor(side, columns)
         before = form = {name: side[name] for name in _FORM}
         form = form | self._overwritten(form, side, changed, ctx)
         if columns is not None and ctx.due(self.brand_interval) and self._adds_columns(ctx):
@@ -134,9 +134,7 @@ class BrandKFac(RandomizedKFac):
 
     # -- what keeps a form close to its factor --
 
-    def _overwritten(
-        self, form: State, side: State, changed: State, ctx: StepContext
-    ) -> State:
+    def _overwritten(self, form: State, side: State, changed: State, ctx: StepContext) -> State:
         """What takes the form's place before the columns are added."""
         return {}
 
@@ -195,9 +193,7 @@ class BrandRKFac(BrandKFac):
     def _overwrites(self, ctx: StepContext) -> bool:
         return ctx.step > 1 and ctx.due(self.rsvd_interval)
 
-    def _overwritten(
-        self, form: State, side: State, changed: State, ctx: StepContext
-    ) -> State:
+    def _overwritten(self, form: State, side: State, changed: State, ctx: StepContext) -> State:
         if not self._overwrites(ctx):
             return {}
         newest = changed.get("factor", side["factor"])

@@ -72,9 +72,7 @@ class Kronecker:
     max_columns: int | None = option(
         2048, "positions of a batch that statistics take at most (none: all)", low=1
     )
-    max_dim: int = option(
-        16384, "a layer with a larger factor follows the fallback", low=1
-    )
+    max_dim: int = option(16384, "a layer with a larger factor follows the fallback", low=1)
     authors_code: bool = option(False, "as the program of the paper's author")
     seed: int = option(0, "seed of all draws", low=0)
 
@@ -149,9 +147,7 @@ class Kronecker:
         """Whether the factor itself is kept."""
         return True
 
-    def _init_side(
-        self, size: int, groups: int, dtype: torch.dtype, device: torch.device
-    ) -> State:
+    def _init_side(self, size: int, groups: int, dtype: torch.dtype, device: torch.device) -> State:
         """Further state of a side."""
         return {}
 

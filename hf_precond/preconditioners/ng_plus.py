@@ -1,8 +1,8 @@
 """NG+: the natural gradient of a matrix from the smaller of its two Gram matrices.
 
-Yang, Xu, Cui, Wen, Xu: NG+ (2021): direction (L + lam I)^(-1) G where M <= B, else G (R + lam I)^(-1)
-with R from G^T G in place of G G^T. Curvature and inverse are refreshed every ``update_interval``
-steps, in one of three forms:
+Yang, Xu, Cui, Wen, Xu: NG+ (2021): direction (L + lam I)^(-1) G where M <= B, else
+G (R + lam I)^(-1) with R from G^T G in place of G G^T. Curvature and inverse are refreshed every
+``update_interval`` steps, in one of three forms:
 
     minibatch        L <- beta L + gamma G G^T from lam_0 I (Eq. 12): needs the gradient alone
     per_sample       L = 1/N sum_i G_i G_i^T over per-sample gradients, a sample a sequence (Eq. 4)
@@ -15,9 +15,9 @@ some of its columns, drawn without replacement (Eq. 17; the paper's drawing with
 not be exact where all are drawn).
 
 Where each position is a sample, L = U U^T is of low rank and ``solver`` may work between samples:
-``"smw"`` by (G - U (lam I + U^T U)^(-1) U^T G) / lam (Eq. 14, which lacks the 1/lam), ``"sketched"``
-by regularised least squares on ``sketch_rows`` rows of U and G (Eq. 16; its unknown is the
-coefficients, not the direction).
+``"smw"`` by (G - U (lam I + U^T U)^(-1) U^T G) / lam (Eq. 14, which lacks the 1/lam) and
+``"sketched"`` by regularised least squares on ``sketch_rows`` rows of U and G (Eq. 16; its unknown
+is the coefficients, not the direction).
 
     U  columns [G, S, n]    (lam I + U_s^T U_s)^(-1)  inverse [G, n, n]    lam  shift [G]
     rows of the sketch  picks [G, sketch_rows]
@@ -177,7 +177,8 @@ class NgPlus:
         elif self.solver == "inverse":
             new = self._updated(state, self._per_sample(state, *samples, ctx.step), ctx)
         else:
-            new = self._low_rank(state, *(x.flatten(1, 2) for x in samples), ctx)
+            own, other = (x.flatten(1, 2) for x in samples)
+            new = self._low_rank(state, own, other, ctx)
         # Written only when all is computed: a failed factorisation leaves all as it was.
         for name, tensor in new.items():
             state[name].copy_(tensor)
@@ -209,7 +210,7 @@ class NgPlus:
 
     def _low_rank(self, state: State, own: Tensor, other: Tensor, ctx: StepContext) -> State:
         """U = sqrt(n) |a_s| g_s for n positions, and what the solver between them needs."""
-        groups, count, size = own.shape
+        count, size = own.shape[1:]
         lengths = torch.linalg.vector_norm(self._sampled(other, ctx.step), dim=-1, keepdim=True)
         columns = torch.zeros_like(state["columns"])
         columns[..., :count] = (own * lengths * count**0.5).mT

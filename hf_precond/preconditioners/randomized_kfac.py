@@ -73,9 +73,7 @@ class RandomizedKFac(Kronecker):
     def _width(self, size: int) -> int:
         return min(size, self._rank_ceiling)
 
-    def _init_side(
-        self, size: int, groups: int, dtype: torch.dtype, device: torch.device
-    ) -> State:
+    def _init_side(self, size: int, groups: int, dtype: torch.dtype, device: torch.device) -> State:
         if not self._adapts:
             return {}
         return {"rank": torch.full((groups,), inf, dtype=dtype, device=device)}

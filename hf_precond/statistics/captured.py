@@ -43,7 +43,7 @@ class Captured:
         Args:
             loss_scale: what the loss was multiplied with before the backward pass.
         """
-        total = self.valid.new_tensor(self.total).clamp(min=1)
+        total = torch.as_tensor(self.total).to(self.valid).clamp(min=1)
         if self.by_sample:
             share = self.valid.new_tensor(self.seen / self.inputs.shape[0])
         else:

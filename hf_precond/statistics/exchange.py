@@ -7,7 +7,6 @@ exchange of sizes and one of all layers' columns in a flat buffer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 from math import prod
 
 import torch
@@ -40,7 +39,10 @@ def gathered(
     names = list(captured)
     header = torch.tensor([_sizes(captured[name]) for name in names], dtype=torch.float64)
     headers = _all_gather(header.to(device)).cpu()
-    shapes = [[_shapes(row, features[name]) for row, name in zip(rank, names)] for rank in headers]
+    shapes = [
+        [_shapes(row, features[name]) for row, name in zip(rank, names, strict=True)]
+        for rank in headers
+    ]
     counts = [sum(prod(shape) for layer in rank for shape in layer) for rank in shapes]
     flat = torch.zeros(max(counts), dtype=dtype, device=device)
     own = [
@@ -87,8 +89,7 @@ def _shapes(row: Tensor, features: tuple[int, int]) -> list[tuple[int, ...]]:
 
 def _unpack(flat: Tensor, shapes: list[list[tuple[int, ...]]]) -> list[list[Tensor]]:
     sizes = [prod(shape) for layer in shapes for shape in layer]
-    starts = [0, *accumulate(sizes)]
-    pieces = iter([flat[start : start + size] for start, size in zip(starts, sizes)])
+    pieces = iter(flat[: sum(sizes)].split(sizes))
     return [[next(pieces).view(shape) for shape in layer] for layer in shapes]
 
 

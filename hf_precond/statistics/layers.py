@@ -96,16 +96,23 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     return _CONVOLUTION if isinstance(module, _CONVOLUTIONS) else None
 
 
-def layer_rule(info: ParamInfo) -> Assignment | None:
-    """Leaves what no layer's input is known for to the fallback; passes on all others."""
-    if info.param.ndim < 2:
-        return None
+def without_layer(info: ParamInfo) -> str:
+    """Why no single layer's input is known for a parameter; empty where it is."""
     if info.tied_names:
-        return fallback("tied: no single layer's input")
-    kind = layer_kind(info.module)
-    if kind is None or info.local_name != "weight":
-        return fallback(f"no layer input known for {type(info.module).__name__}")
-    return None
+        return "tied: no single layer's input"
+    if layer_kind(info.module) is None or info.local_name != "weight":
+        return f"no layer input known for {type(info.module).__name__}"
+    return ""
+
+
+def with_known_layers(
+    assigned: Iterable[tuple[ParamInfo, Assignment]],
+) -> list[tuple[ParamInfo, Assignment]]:
+    """Leaves what no layer's input is known for to the fallback."""
+    return [
+        (info, fallback(why) if assignment.views and (why := without_layer(info)) else assignment)
+        for info, assignment in assigned
+    ]
 
 
 def layer_layouts(

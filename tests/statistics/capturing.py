@@ -58,7 +58,7 @@ def gram(x_NSF: Tensor) -> Tensor:
     return flat.mT @ flat
 
 
-def kfac(model: Any, *, lr: float = 0.1, **options: Any) -> PreconditionedOptimizer:
+def kfac(model: Any, *, lr: float = 0.01, **options: Any) -> PreconditionedOptimizer:
     """K-FAC with nothing around it, refreshed at every step."""
     return create_optimizer(model, "kfac", lr=lr, **{**PLAIN, **options})
 

@@ -78,6 +78,8 @@ CONVOLUTIONS: dict[str, Case] = {
 
 ALL = {f"linear-{key}": case for key, case in LINEAR.items()}
 ALL |= {f"conv-{key}": case for key, case in CONVOLUTIONS.items()}
+# Torch itself warns that an even kernel with padding "same" needs a copy.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 per_layer = pytest.mark.parametrize(("make", "shape", "expected"), ALL.values(), ids=ALL)
 
 
@@ -114,13 +116,15 @@ def test_outputs_times_inputs_is_the_gradient(
         assert_close(product(seen), gradient)
 
 
-@per_layer
+@pytest.mark.parametrize(
+    ("make", "shape", "expected"),
+    [case for key, case in ALL.items() if not key.endswith("no-bias")],
+    ids=[key for key in ALL if not key.endswith("no-bias")],
+)
 def test_outputs_times_valid_is_the_gradient_of_the_bias(
     make: Callable[[], nn.Module], shape: tuple[int, ...], expected: tuple[int, int]
 ) -> None:
     layer, seen = used(make, shape)
-    if layer.bias is None:
-        pytest.skip("no bias")
     assert_close(torch.einsum("nsm,ns->m", seen.outputs, seen.valid), layer.bias.grad)
 
 

@@ -29,6 +29,10 @@ SMALL = {
     "inverse_interval": 2,
     "basis_interval": 2,
     "projection_interval": 2,
+    "brand_interval": 2,
+    "rsvd_interval": 2,
+    "correction_interval": 2,
+    "max_columns": 32,
     "start_step": 2,
 }
 
