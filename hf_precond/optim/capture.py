@@ -103,6 +103,15 @@ class Capture:
             )
         self.source.collect(loss_scale)
 
+    def alone(self) -> dict[int, Tensor]:
+        """Returns the norms of gradients that only columns stand for, by parameter."""
+        return self.source.alone() if isinstance(self.source, LayerColumns) else {}
+
+    def clip(self, factor: Tensor) -> None:
+        """Takes note of the factor by which gradients are clipped."""
+        if isinstance(self.source, LayerColumns):
+            self.source.clip = factor
+
     def columns_of(self, steps: Sequence[int], faults: Faults) -> ColumnsOf | None:
         """Returns the function that finds a slot's columns; None where none are wanted.
 

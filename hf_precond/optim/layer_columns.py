@@ -45,6 +45,9 @@ class LayerColumns:
 
     Args:
         param_groups: with names and layer layouts, see :func:`take_layers`.
+
+    Attributes:
+        clip: what the clipping of the gradient asks of those that were not formed.
     """
 
     def __init__(
@@ -69,8 +72,10 @@ class LayerColumns:
             max_columns=needs.max_columns,
             by_sample=needs.by_sample,
             reduce=needs.reduce,
+            form_gradient=needs.form_gradient,
             seed=needs.seed,
         )
+        self.clip: float | Tensor = 1.0
         self._captured: dict[str, Captured] = {}
         self._places: dict[Slot, tuple[Tensor | None, Tensor | None]] = {}
 
@@ -86,6 +91,14 @@ class LayerColumns:
     def clear(self) -> None:
         """See :class:`ColumnSource`."""
         self._io.clear()
+
+    def alone(self) -> dict[int, Tensor]:
+        """Returns the norms of gradients that were not formed, by the parameter's index."""
+        return {
+            index: self._captured[name].gradient_norm()
+            for index, name in enumerate(self._names)
+            if name in self._captured and self._captured[name].alone
+        }
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -105,6 +118,8 @@ class LayerColumns:
             inputs=columns,
             outputs=_picked(captured.outputs, outputs),
             complete=captured.complete,
+            alone=captured.alone,
+            clip=self.clip,
         )
 
     def _place(self, slot: Slot, captured: Captured) -> tuple[Tensor | None, Tensor | None]:

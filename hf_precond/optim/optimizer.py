@@ -151,8 +151,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             loss_scale = self._capture.loss_scale(self, grads)
             if loss_scale is None:
                 return loss
-            gradients = self._ready_gradients()
             self._capture.collect(self._banks, self._steps, loss_scale)
+            gradients = self._ready_gradients()
             for cluster in self._clusters:
                 self._step_cluster(cluster, gradients)
             for index in gradients:
@@ -441,18 +441,50 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     f"{self.param_names[index]!r} has a sparse gradient: use nn.Embedding without "
                     "sparse=True"
                 )
-        if not gradients or not self.recipe.numerics.skip_nonfinite:
-            return gradients
-        norms = torch._foreach_norm(list(gradients.values()))
-        finite = torch.isfinite(torch.stack([norm.to(self._device).float() for norm in norms]))
-        if not bool(finite.all()):
-            flags = zip(gradients, finite.tolist(), strict=True)
-            bad = [index for index, good in flags if not good]
-            gradients = {index: grad for index, grad in gradients.items() if index not in bad}
-            what = "gradient is not finite, step left out"
-            self._faults.count(bad, "skipped_nonfinite", what, FloatingPointError)
-        self._faults.clear(gradients, "skipped_nonfinite")
+        alone = self._capture.alone()
+        norms = self._gradient_norms(gradients, alone)
+        for index in alone:
+            param = self._params[index]
+            gradients[index] = param.new_zeros(()).expand(param.shape)
+        if self.recipe.numerics.skip_nonfinite and gradients:
+            finite = torch.isfinite(torch.stack(list(norms.values())))
+            if not bool(finite.all()):
+                flags = zip(norms, finite.tolist(), strict=True)
+                bad = {index for index, good in flags if not good}
+                gradients = {i: grad for i, grad in gradients.items() if i not in bad}
+                what = "gradient is not finite, step left out"
+                self._faults.count(bad, "skipped_nonfinite", what, FloatingPointError)
+            self._faults.clear(gradients, "skipped_nonfinite")
+        self._clip_gradients(gradients, norms, alone)
         return gradients
+
+    def _gradient_norms(
+        self, gradients: Mapping[int, Tensor], alone: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """Norm of each gradient in float32, by index; nothing where nobody asks for it."""
+        limit = self.recipe.stages.max_grad_norm
+        if not gradients or not (self.recipe.numerics.skip_nonfinite or limit is not None):
+            return {}
+        found = torch._foreach_norm(list(gradients.values()))
+        norms = dict(zip(gradients, found, strict=True)) | dict(alone)
+        return {index: norm.to(self._device).float() for index, norm in norms.items()}
+
+    def _clip_gradients(
+        self,
+        gradients: Mapping[int, Tensor],
+        norms: Mapping[int, Tensor],
+        alone: Mapping[int, Tensor],
+    ) -> None:
+        """Scales the gradients that take part to ``max_grad_norm`` at most, in place."""
+        limit = self.recipe.stages.max_grad_norm
+        if limit is None or not gradients:
+            return
+        total = torch.linalg.vector_norm(torch.stack([norms[index] for index in gradients]))
+        # The small number is torch's.
+        factor = (limit / (total + 1e-6)).clamp(max=1)
+        formed = [grad for index, grad in gradients.items() if index not in alone]
+        torch._foreach_mul_(formed, factor)
+        self._capture.clip(factor)
 
     def _arm(self) -> None:
         """Prepares the capture of the next step."""

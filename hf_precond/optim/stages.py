@@ -62,6 +62,13 @@ class StageOptions:
         None, "decay of the graft's second moment (none: beta2)", low=0, high=1
     )
 
+    max_grad_norm: float | None = option(
+        None,
+        "clip the gradient's norm over all parameters, as the Trainer does, counting gradients "
+        "that were not formed",
+        low=0,
+        low_open=True,
+    )
     clip_mode: str = option(
         "none",
         "shorten a parameter's direction to a root mean square, or all directions to a bound of "

@@ -37,6 +37,7 @@ class LayerNeeds:
         reduce: one column per sample, its mean input and the sum of its output gradients, in place
             of one per position (Eschenhagen et al. 2023, K-FAC-reduce and -expand).
         joint_bias: whether a bias is trained together with its layer's weight.
+        form_gradient: whether the backward pass forms the gradient of the weights, too.
         seed: of the draw.
     """
 
@@ -44,6 +45,7 @@ class LayerNeeds:
     by_sample: bool = False
     reduce: bool = False
     joint_bias: bool = True
+    form_gradient: bool = True
     seed: int = 0
 
 
@@ -59,15 +61,24 @@ class Columns:
         inputs: ``[G, N, S, B]``; zero at padded positions; the input of a joint bias is one.
         outputs: ``[G, N, S, M]``.
         complete: every position of the whole batch on every process is there.
+        alone: no gradient was formed; what an algorithm gets in its place is zero.
+        clip: factor of the gradient that its clipping asks for, where it is alone.
     """
 
     inputs: Tensor
     outputs: Tensor
     complete: bool = True
+    alone: bool = False
+    clip: float | Tensor = 1.0
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """Returns inputs ``[G, N*S, B]`` and outputs ``[G, N*S, M]``, positions as rows."""
         return self.inputs.flatten(1, 2), self.outputs.flatten(1, 2)
+
+    def gradient(self) -> Tensor:
+        """Returns the product of the columns, ``[G, M, B]``."""
+        inputs, outputs = self.flat()
+        return outputs.mT @ inputs
 
     def select(self, groups: slice) -> Columns:
         """Returns the columns of some groups."""
@@ -78,7 +89,8 @@ class Columns:
         """Stacks columns of equal shapes over their groups."""
         if len(parts) == 1:
             return parts[0]
-        return Columns(
+        return replace(
+            parts[0],
             inputs=torch.cat([part.inputs for part in parts]),
             outputs=torch.cat([part.outputs for part in parts]),
             complete=all(part.complete for part in parts),

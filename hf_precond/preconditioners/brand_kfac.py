@@ -13,8 +13,9 @@ follow RS-KFAC. Convolutions and token layers have more positions than that: the
 drawn, which the paper leaves to RS-KFAC altogether.
 
 With ``application="linear"`` (Algorithm 8) the step is formed from preconditioned columns in place
-of the gradient, cost linear in the width, where the columns of this very step are complete; it
-takes the norm that the gradient has after clipping.
+of the gradient, cost linear in the width, where the columns of this very step are complete and
+fewer than the layer is wide; it takes the norm that the gradient has after clipping. Without
+``form_gradient`` the backward pass leaves the product out that nobody needs then.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from hf_precond.linalg.eigen import eigh
 from hf_precond.linalg.lowrank import add_gram
 from hf_precond.preconditioners.base import (
-    Columns,
+    LayerNeeds,
     OptimizerInfo,
     State,
     StepContext,
@@ -62,13 +63,41 @@ class BrandKFac(RandomizedKFac):
         choices=("plain", "linear"),
     )
 
+    form_gradient: bool = option(
+        True, "form the weights' gradients; without, columns alone stand for them"
+    )
+
     def __post_init__(self) -> None:
         RandomizedKFac.__post_init__(self)
         if self.max_columns is None:
             raise ValueError("max_columns = None is not allowed: Brand's form needs a number")
+        if not self.form_gradient and self.application != "linear":
+            raise ValueError(
+                f"form_gradient = False is not allowed with application = {self.application!r}: "
+                "use application = 'linear'"
+            )
+
+    @property
+    def layer_needs(self) -> LayerNeeds:
+        """All positions where the step is made of them; the statistics draw some later."""
+        linear = self.application == "linear"
+        return LayerNeeds(
+            max_columns=None if linear else self.max_columns,
+            reduce=self.weight_sharing == "reduce",
+            form_gradient=self.form_gradient,
+            seed=self.seed,
+        )
 
     def check_stages(self, stages: Any) -> None:
         """Raises ValueError where a stage would put something else in the gradient's place."""
+        allowed = {"graft": ("none",), "start_step": (1,), "clip_mode": ("none", "update_rms")}
+        for name, values in allowed.items():
+            value = getattr(stages, name)
+            if not self.form_gradient and value not in values:
+                raise ValueError(
+                    f"{name} = {value!r} is not allowed with form_gradient = False, which leaves "
+                    f"no gradient to take it from: it must be one of {values}"
+                )
         of_moment = stages.momentum_site == "gradient" and stages.momentum != "none"
         if self.application == "linear" and of_moment:
             raise ValueError(
@@ -85,19 +114,17 @@ class BrandKFac(RandomizedKFac):
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         columns = ctx.columns
-        linear = self.application == "linear" and columns is not None and columns.complete
-        if not linear or columns is None or not self._pays(columns, g_GMB):
+        if self.application == "plain" or columns is None or not columns.complete:
             # Zero-argument super() does not work in a dataclass with slots.
             return RandomizedKFac.apply(self, state, g_GMB, ctx)
         inputs, outputs = columns.flat()
-        left = self._inverse(state, "output", outputs.mT, ctx)
+        if inputs.shape[1] >= max(g_GMB.shape[1:]):  # not fewer columns than the layer is wide
+            gradient = columns.gradient() * columns.clip if columns.alone else g_GMB
+            return RandomizedKFac.apply(self, state, gradient, ctx)
+        clip = columns.clip if columns.alone else _clip_factor(g_GMB, inputs, outputs)
+        left = self._inverse(state, "output", outputs.mT * clip, ctx)
         right = self._inverse(state, "input", inputs.mT, ctx)
-        return (left * _clip_factor(g_GMB, inputs, outputs)) @ right.mT
-
-    @staticmethod
-    def _pays(columns: Columns, g_GMB: Tensor) -> bool:
-        """Whether there are fewer columns than the layer is wide."""
-        return columns.inputs.shape[1] * columns.inputs.shape[2] < max(g_GMB.shape[1:])
+        return left @ right.mT
 
     def _is_brand(self, size: int) -> bool:
         assert self.max_columns is not None
@@ -114,6 +141,7 @@ class BrandKFac(RandomizedKFac):
 
     def _update_side(self, side: State, columns: Tensor | None, ctx: StepContext) -> State:
         size = side["vectors"].shape[-2]
+        columns = None if columns is None else self._drawn(columns, ctx)
         if not self._is_brand(size):
             return RandomizedKFac._update_side(self, side, columns, ctx)
         changed: State = {}
@@ -131,6 +159,15 @@ class BrandKFac(RandomizedKFac):
         if refreshed and self._adapts:
             form |= self._next_rank(form, side["rank"], self._rank(size, ctx))
         return {**changed, **form}
+
+    def _drawn(self, columns: Tensor, ctx: StepContext) -> Tensor:
+        """At most ``max_columns`` of the columns, drawn without replacement, scaled for all."""
+        count, limit = columns.shape[1], self.max_columns
+        if limit is None or count <= limit:
+            return columns
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * ctx.step)
+        drawn = torch.randperm(count, generator=generator)[:limit].to(columns.device)
+        return columns[:, drawn] * (count / limit) ** 0.5
 
     # -- what keeps a form close to its factor --
 

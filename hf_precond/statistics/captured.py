@@ -19,6 +19,7 @@ class Captured:
         total: T, positions of the whole batch without padding.
         seen: samples (or positions) of the whole batch, of which N were kept.
         by_sample: whether N counts samples.
+        alone: whether the backward pass has not formed the gradient of the weight.
         processes: how many processes captured it.
     """
 
@@ -28,12 +29,21 @@ class Captured:
     total: Tensor | int
     seen: int
     by_sample: bool
+    alone: bool = False
     processes: int = 1
 
     @property
     def complete(self) -> bool:
         """Whether every position of the whole batch is there."""
         return self.inputs.shape[0] == self.seen
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the weight's gradient, from Gram matrices where that is less work."""
+        inputs, outputs = self.inputs.flatten(0, 1), self.outputs.flatten(0, 1)
+        if len(inputs) > max(inputs.shape[1], outputs.shape[1]):
+            return torch.linalg.matrix_norm(outputs.mT @ inputs)
+        square = ((inputs @ inputs.mT) * (outputs @ outputs.mT)).sum()
+        return square.clamp(min=0).sqrt()
 
     def scaled(self, loss_scale: float | Tensor) -> Captured:
         """Returns inputs / sqrt(T) and output gradients * sqrt(T), both * sqrt(N / n) if sampled.

@@ -41,10 +41,13 @@ class LayerIO:
         max_columns: positions kept per layer and batch; None keeps all.
         by_sample: keep whole samples.
         reduce: one column per sample, not per position.
+        form_gradient: whether the backward pass forms the weights' gradients, too. Without, a
+            weight counts as constant while its layer runs, wherever the layer's input has a
+            gradient that takes one's place.
         seed: of the draw.
 
     Raises:
-        ValueError: for a layer of a kind that is not known.
+        ValueError: for a layer of a kind that is not known, or several processes without gradients.
     """
 
     def __init__(
@@ -56,8 +59,15 @@ class LayerIO:
         max_columns: int | None = None,
         by_sample: bool = False,
         reduce: bool = False,
+        form_gradient: bool = True,
         seed: int = 0,
     ) -> None:
+        if not form_gradient and exchange.world_size() > 1:
+            raise ValueError(
+                "form_gradient = False is not allowed with several processes: they average "
+                "gradients, which are not there"
+            )
+        self._model = weakref.ref(model)
         self._records: dict[str, _Record] = {}
         for name, layer in layers.items():
             kind = layer_kind(layer)
@@ -70,6 +80,8 @@ class LayerIO:
         for record in self._records.values():
             hook = _LayerHook(self, record)
             self._handles.append(record.layer.register_forward_hook(hook, with_kwargs=True))
+            if not form_gradient:
+                self._handles += _stop_weight_gradients(self, record)
 
     def arm(self, steps: Mapping[str, int]) -> None:
         """Says which layers are captured from now on, and for which step each (it seeds the draw).
@@ -86,9 +98,9 @@ class LayerIO:
         Where no gradient has been accumulated yet, whatever was captured belongs to a step that
         never came (an overflow under loss scaling) and is dropped.
         """
-        records = self._records.values()
-        if any(record.pending for record in records) and all(
-            record.layer.weight.grad is None for record in records
+        model = self._model()
+        if any(record.pending for record in self._records.values()) and all(
+            param.grad is None for param in (model.parameters() if model is not None else ())
         ):
             self.clear()
         self._masks = list(_paddings(arguments))
@@ -149,6 +161,7 @@ class _Record:
         self._seed: int | None = None
         self._kept: Reservoir | None = None
         self._total: Tensor | int = 0
+        self.alone = False
 
     @property
     def armed(self) -> bool:
@@ -169,6 +182,7 @@ class _Record:
         """Drops what was captured."""
         self._kept = None
         self._total = 0
+        self.alone = False
 
     @torch.no_grad()
     def take_in(self, x: Tensor, masks: Sequence[Tensor], gradient: Tensor) -> None:
@@ -219,6 +233,7 @@ class _Record:
             total=self._total,
             seen=self._kept.seen,
             by_sample=self._by_sample,
+            alone=self.alone,
         )
 
     def _unit_limit(self, positions: int) -> int | None:
@@ -259,6 +274,37 @@ class _LayerHook:
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
+
+
+class _WeightOff:
+    """A pre-hook that makes a layer's weight a constant, so that its gradient is not formed."""
+
+    def __init__(self, io: LayerIO, record: _Record) -> None:
+        self._io = weakref.ref(io)
+        self._record = weakref.ref(record)
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record = self._record()
+        if record is None or not record.armed or not torch.is_grad_enabled():
+            return
+        x = args[0] if args else next(iter(kwargs.values()))
+        # Without a gradient of its input the output would have none to capture.
+        if layer.training and x.requires_grad and layer.weight.requires_grad:
+            layer.weight.requires_grad_(False)
+            record.alone = True
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _inert_hook, ()
+
+
+def _weight_on(layer: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Undoes :class:`_WeightOff` after the layer has run, also where it failed."""
+    layer.weight.requires_grad_(True)
+
+
+def _stop_weight_gradients(io: LayerIO, record: _Record) -> list[Any]:
+    off = record.layer.register_forward_pre_hook(_WeightOff(io, record), with_kwargs=True)
+    return [off, record.layer.register_forward_hook(_weight_on, always_call=True)]
 
 
 class _RootHook:

@@ -72,9 +72,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Copies of all state tensors in the order of the parameters."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return [
-        value.clone()
-        for param in params
-        for _, value in sorted(optimizer.state[param].items())
+        value.clone() for param in params for _, value in sorted(optimizer.state[param].items())
     ]
 
 

@@ -34,9 +34,7 @@ def missing(optimizer: PreconditionedOptimizer) -> float:
     return optimizer.health().get("missing_columns", 0.0)
 
 
-def step_on(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor
-) -> None:
+def step_on(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -107,9 +105,7 @@ class Convolutional(nn.Module):
 @pytest.mark.parametrize("name", LAYER_METHODS)
 @pytest.mark.parametrize("kind", ["mlp", "convolutional"])
 @pytest.mark.parametrize("given", ["bare", "named", "groups"])
-def test_bare_groups_attached_later_are_as_from_the_model(
-    name: str, kind: str, given: str
-) -> None:
+def test_bare_groups_attached_later_are_as_from_the_model(name: str, kind: str, given: str) -> None:
     model: nn.Module = {"mlp": mlp, "convolutional": Convolutional}[kind]()
     other = copy.deepcopy(model)
     options = {**PLAIN, "update_interval": 1}
@@ -139,6 +135,19 @@ def test_parameters_of_another_model_are_an_error() -> None:
     optimizer = create_optimizer(mlp().parameters(), "kfac")
     with pytest.raises(ValueError, match="no trainable parameters of the model"):
         optimizer.attach(mlp())
+
+
+def test_frozen_parameters_in_bare_groups_are_left_alone() -> None:
+    """As torch's own optimizers do."""
+    model = mlp()
+    for param in model[0].parameters():
+        param.requires_grad_(False)
+    frozen = weights(model[0])
+    optimizer = create_optimizer(model.parameters(), "kfac", lr=0.01)
+    optimizer.attach(model)
+    step_on(model, optimizer, model(batch()).square().mean())
+    assert_equal(weights(model[0]), frozen)
+    assert not missing(optimizer)
 
 
 def test_layers_unfrozen_later_are_captured() -> None:
@@ -293,7 +302,37 @@ def test_transformer_encoder_layer() -> None:
     assert taken(optimizer) == {"linear1.weight", "linear2.weight"}
 
 
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_parametrized_weights_are_left_to_the_fallback(wrap: Any) -> None:
+    """What is trained is not the weight that meets the input."""
+    model = mlp()
+    wrap(model[0])
+    optimizer = kfac(model, max_failures=1)
+    for step in range(2):
+        step_on(model, optimizer, model(batch(step)).square().mean())
+    assert taken(optimizer) == {"2.weight"}
+
+
 # -- real models --
+
+
+def test_bare_groups_of_gpt2_attached_later() -> None:
+    """Its layers are transposed: views by the shape alone must not stay."""
+    model = tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    optimizer = create_optimizer(model.parameters(), "kfac", lr=0.01)
+    optimizer.attach(model)
+    step_on(model, optimizer, lm_loss(model))
+    assert "transformer.h.0.mlp.c_fc.weight" in taken(optimizer)
+
+
+def test_bare_groups_of_a_grouped_convolution_attached_later() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 6, 1, groups=2), nn.Flatten()).double()
+    optimizer = create_optimizer(model.parameters(), "kfac", lr=0.01)
+    optimizer.attach(model)
+    step_on(model, optimizer, model(batch()[..., None]).square().mean())
+    assert taken(optimizer) == {"0.weight"}
 
 
 def test_tied_heads_follow_the_fallback() -> None:

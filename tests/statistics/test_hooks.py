@@ -144,6 +144,39 @@ def test_micro_batches_train_as_one_batch() -> None:
     assert_all_close(state_of(ours), state_of(theirs), 1e-9)
 
 
+def test_two_uses_in_one_batch_belong_to_the_same_samples() -> None:
+    """Per-sample gradients are whole: a layer used twice has twice the positions, as in ALBERT."""
+    model = Mlp()
+    found = capture(model, [lambda: loss_of(model, inputs())], by_sample=True)["shared.weight"]
+    gradient = model.shared.weight.grad
+    assert gradient is not None
+    assert_close(product(found), gradient)
+    assert found.inputs.shape[:2] == (8, 2)
+
+
+def test_outputs_of_two_calls_go_backward_together() -> None:
+    """Two calls with other masks before one backward pass: each output knows its own mask."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3).double()
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return (self.layer(x).sin() * attention_mask.unsqueeze(-1)).sum()
+
+    model = Masked()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    masks = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    found = capture(
+        model,
+        [lambda: model(x, attention_mask=masks[0]) + model(x, attention_mask=masks[1])],
+    )["layer.weight"]
+    assert int(found.total) == 3 + 5
+    assert model.layer.weight.grad is not None
+    assert_close(product(found), model.layer.weight.grad)
+
+
 def test_autocast_gives_statistics_in_float32() -> None:
     torch.manual_seed(0)
     model = Mlp().float()
@@ -221,9 +254,7 @@ def test_evaluation_between_micro_batches_changes_nothing() -> None:
         model.train()
         return loss_of(model, part) / 2
 
-    found = capture(
-        model, [lambda part=part: after_evaluation(part) for part in inputs().chunk(2)]
-    )
+    found = capture(model, [lambda part=part: after_evaluation(part) for part in inputs().chunk(2)])
     same_captures(found, expected)
 
 

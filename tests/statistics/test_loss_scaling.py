@@ -74,9 +74,7 @@ def scaled(
     return model, optimizer
 
 
-@pytest.mark.parametrize(
-    ("known", "unscale"), [(True, False), (True, True), (False, False)]
-)
+@pytest.mark.parametrize(("known", "unscale"), [(True, False), (True, True), (False, False)])
 def test_scaling_changes_nothing(known: bool, unscale: bool) -> None:
     expected_weights, expected_state = plain()
     model, optimizer = scaled(known=known, unscale=unscale)

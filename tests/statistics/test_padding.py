@@ -268,8 +268,15 @@ def test_reduced_columns_do_not_make_the_gradient(x: Tensor) -> None:
 
 def gpt2() -> GPT2LMHeadModel:
     config = GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=8, **NO_DROPOUT,
-        bos_token_id=0, eos_token_id=0, attn_implementation="eager",
+        n_layer=2,
+        n_head=2,
+        n_embd=8,
+        vocab_size=11,
+        n_positions=8,
+        **NO_DROPOUT,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
     )
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).double()
@@ -338,9 +345,7 @@ def test_masked_language_model_counts_all_tokens() -> None:
     mask[1, 4:] = 0
     labels = torch.full_like(ids, IGNORED)
     labels[0, 2] = labels[1, 1] = 3
-    found = capture(
-        model, [lambda: model(input_ids=ids, attention_mask=mask, labels=labels).loss]
-    )
+    found = capture(model, [lambda: model(input_ids=ids, attention_mask=mask, labels=labels).loss])
     totals = {name: int(item.total) for name, item in found.items()}
     first = "bert.encoder.layer.0"
     assert totals[f"{first}.attention.self.key.weight"] == 10

@@ -14,7 +14,7 @@ from hf_precond.optim.layer_columns import LayerColumns
 from hf_precond.optim.layout import buckets_of, placed_views
 from hf_precond.preconditioners.base import layer_needs
 from hf_precond.registry import param_groups, resolve
-from hf_precond.statistics.layers import layer_layouts, layer_rule
+from hf_precond.statistics.layers import layer_layouts, with_known_layers, without_layer
 from hf_precond.views.joint import Joint
 from hf_precond.views.positions import WeightLayout, positions
 from hf_precond.views.rules import (
@@ -93,9 +93,7 @@ def test_each_group_has_its_part_of_the_gradient(
     layer = make().double()
     x = torch.randn(shape, dtype=torch.float64)
     seen = capture(layer, [lambda: layer(x).sin().sum()])["weight"]
-    layout = WeightLayout(
-        transposed=isinstance(layer, Conv1D), groups=getattr(layer, "groups", 1)
-    )
+    layout = WeightLayout(transposed=isinstance(layer, Conv1D), groups=getattr(layer, "groups", 1))
     for view in views:
         found = positions(view, layout, layer.weight.shape)
         assert found is not None
@@ -209,21 +207,30 @@ def test_a_shared_bias_is_not_trained_with_one_weight() -> None:
     assert all(not layout or layout[2] == "" for layout in layer_layouts(assigned))
 
 
-def test_the_rule_for_layers_passes_known_layers_on() -> None:
+def test_what_has_no_known_layer_follows_the_fallback() -> None:
     model = nn.ModuleDict(
         {
             "linear": nn.Linear(3, 4),
             "embedding": nn.Embedding(5, 4),
             "transposed": nn.ConvTranspose1d(2, 3, 2),
+            "tied": nn.Linear(4, 4),
+            "partner": nn.Linear(4, 4),
         }
     )
-    found = {info.name: layer_rule(info) for info, _ in assign_all(model)}
-    assert found["linear.weight"] is None
-    assert found["linear.bias"] is None
-    for name in ("embedding.weight", "transposed.weight"):
-        assert found[name] == fallback(
-            f"no layer input known for {type(model[name.split('.')[0]]).__name__}"
-        )
+    model["partner"].weight = model["tied"].weight
+    # Views as they follow from shapes alone, where nobody knows of layers.
+    assigned = [
+        (info, Assignment(views=(rows(info.param.shape),), reason="shape"))
+        for info, _ in assign_all(model)
+        if info.param.ndim > 1
+    ]
+    found = {info.name: assignment for info, assignment in with_known_layers(assigned)}
+    assert found["linear.weight"].reason == "shape"
+    assert found["embedding.weight"] == fallback("no layer input known for Embedding")
+    assert found["transposed.weight"] == fallback("no layer input known for ConvTranspose1d")
+    assert found["tied.weight"] == fallback("tied: no single layer's input")
+    known = [info.name for info, _ in assigned if not without_layer(info)]
+    assert known == ["linear.weight"]
 
 
 # -- a weight and its bias as one matrix --
@@ -275,9 +282,7 @@ def test_joint_reads_and_writes_weight_and_bias(
 
 
 @per_joint
-def test_joint_rounds_once(
-    view: ParamView, layout: WeightLayout, shape: tuple[int, ...]
-) -> None:
+def test_joint_rounds_once(view: ParamView, layout: WeightLayout, shape: tuple[int, ...]) -> None:
     joint = joint_of(view, layout, shape)
     weight = torch.randn(shape).bfloat16()
     bias = torch.randn(layout.num_outputs(shape)).bfloat16()
