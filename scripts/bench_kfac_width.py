@@ -11,8 +11,8 @@ expected to need more than --max_seconds for a step (its last time, tenfold per 
 out there.
 
 The linear application of B-KFAC preconditions the columns and then multiplies them. That last
-product alone is quadratic; any backward pass does the same one to form the gradient, so it is
-listed apart.
+product (with the norm of the gradient, for the clip) is quadratic; any backward pass does the same
+one to form the gradient, so it is listed apart.
 
 Exponents are slopes of log time over log width, by least squares over the upper half of a method's
 widths.
@@ -37,7 +37,7 @@ from torch import Tensor
 from hf_precond import option_specs, resolve
 from hf_precond.linalg.precision import highest_matmul_precision
 from hf_precond.preconditioners.base import Columns, State, StepContext
-from hf_precond.preconditioners.kronecker import Kronecker
+from hf_precond.preconditioners.kronecker import SIDES, Kronecker
 from trainer_ext.provenance import git_revision, hardware, package_versions
 
 LINEAR = "b_kfac_linear"
@@ -53,7 +53,8 @@ PARTS: Mapping[str, str] = {
     "refresh": "refresh of the forms",
     "application": "application",
     "total": "total",
-    "product": "product that forms the step",
+    "columns": "application: preconditioned columns",
+    "product": "application: product that forms the step",
     "without_product": "total without that product",
 }
 INTERVALS = ("update_interval", "inverse_interval", "brand_interval")
@@ -61,6 +62,7 @@ WARM_UP_WIDTH = 192
 # Per doubling of the width: 2^3, and a little for larger matrices.
 GROWTH = 10.0
 SHARE_FITTED = 0.5
+LINEAR_ONLY = ("columns", "product", "without_product")
 
 
 @dataclass(kw_only=True)
@@ -232,25 +234,22 @@ class Layer:
         if self.has_factor:
             factors = self._time(lambda: self.algorithm.update(self.state, inputs.gradient, even))
         application = self._time(lambda: self.algorithm.apply(self.state, inputs.gradient, odd))
-        product = self._time_product(inputs) if self.is_linear else 0.0
-        return {
+        found = {
             "statistics": factors,
             "refresh": max(update - factors, 0.0),
             "application": application,
             "total": update + application,
-            "product": product,
-            "without_product": update + max(application - product, 0.0),
         }
+        if self.is_linear:
+            found["columns"] = self._time(lambda: self._columns(inputs, odd))
+            found["product"] = max(application - found["columns"], 0.0)
+            found["without_product"] = update + found["columns"]
+        return found
 
-    def _time_product(self, inputs: Inputs) -> float:
-        """The norm of the gradient and the product of columns, as the application has them."""
-        a, g = inputs.columns.flat()
-        columns = g.mT.contiguous(), a.mT.contiguous()
-
-        def product() -> Tensor:
-            return (columns[0] * torch.linalg.matrix_norm(inputs.gradient)) @ columns[1].mT
-
-        return self._time(product)
+    def _columns(self, inputs: Inputs, ctx: StepContext) -> list[Tensor]:
+        """The columns as the linear application has them, before it multiplies them."""
+        pairs = zip(SIDES, inputs.columns.flat(), strict=True)
+        return [self.algorithm._inverse(self.state, side, x.mT, ctx) for side, x in pairs]
 
     def _time(self, function: Callable[[], Any]) -> float:
         start = now(self.device)
@@ -328,7 +327,7 @@ def report(
 ) -> dict[str, Any]:
     """Times, exponents and everything needed to repeat the run."""
     exponents = {
-        method: {part: exponent(*timed_widths(rows, method, part)) for part in PARTS}
+        method: {part: exponent(*timed_widths(rows, method, part)) for part in parts_of(method)}
         for method in args.methods
     }
     return {
@@ -344,6 +343,11 @@ def report(
         "exponents": exponents,
         "rows": list(rows),
     }
+
+
+def parts_of(method: str) -> list[str]:
+    """The parts of a step that a method is measured in."""
+    return [part for part in PARTS if method == LINEAR or part not in LINEAR_ONLY]
 
 
 def timed_widths(
@@ -381,15 +385,13 @@ def format_report(result: Mapping[str, Any]) -> str:
     ]
     for method in methods:
         own = {row["width"]: row for row in rows if row["method"] == method}
-        for part, words in PARTS.items():
+        for part in parts_of(method):
             power = result["exponents"][method][part]
-            if power is None and all(not row["median_ms"].get(part) for row in own.values()):
-                continue
-            if method != LINEAR and part == "without_product":
+            if not any(row["median_ms"].get(part) for row in own.values()):
                 continue
             cells = [format_cell(own[width], part, most) for width in widths]
             cells.append("" if power is None else f"{power:.2f}")
-            lines.append(f"| {METHODS[method]} | {words} | {' | '.join(cells)} |")
+            lines.append(f"| {METHODS[method]} | {PARTS[part]} | {' | '.join(cells)} |")
     left_out = [
         f"{METHODS[row['method']]} at {row['width']} ({row['estimate_ms'] / 1e3:.0f} s)"
         for row in rows
@@ -417,6 +419,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained", sharey=True)
     for axes, part in zip(panels, ("refresh", "application", "total"), strict=True):
@@ -424,13 +427,18 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             widths, times = timed_widths(rows, method, part)
             (line,) = axes.plot(widths, times, marker="o", markersize=3, label=METHODS[method])
             if method == LINEAR and part != "refresh":
-                rest = timed_widths(rows, method, "without_product")[1]
-                if part == "application":
-                    product = timed_widths(rows, method, "product")[1]
-                    rest = [all_of_it - own for all_of_it, own in zip(times, product, strict=True)]
+                rest = "columns" if part == "application" else "without_product"
                 label = "the same without the final product"
-                axes.plot(widths, rest, linestyle="--", color=line.get_color(), label=label)
+                axes.plot(
+                    *timed_widths(rows, method, rest),
+                    linestyle="--",
+                    color=line.get_color(),
+                    label=label,
+                )
         axes.set(xscale="log", yscale="log", xlabel="width", title=PARTS[part])
+        axes.set_xticks(sorted({row["width"] for row in rows}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("milliseconds a step")
     panels[-1].legend(fontsize="small")

@@ -374,7 +374,7 @@ class ObservedLayer:
         for name in (f"{side}_{kind}" for side in SIDES for kind in ("factor", "updates")):
             self.factors[name] = reference.state[name].clone()
         return {
-            label: {f"{what}_ms": 1e3 * fmean(times) for what, times in watcher.seconds.items()}
+            label: {what: 1e3 * fmean(times) for what, times in watcher.seconds.items()}
             for label, watcher in self.watchers.items()
         }
 
@@ -540,7 +540,8 @@ def observe(
     args: argparse.Namespace,
 ) -> None:
     """Shows a step to all algorithms of a layer, and notes the errors inside a window."""
-    gradients = {index: params[index].grad for index in layer.slot.params}
+    grads = ((index, params[index].grad) for index in layer.slot.params)
+    gradients = {index: grad for index, grad in grads if grad is not None}
     g_GMB = layer.slot.to_blocks(gradients).float()
     ctx = StepContext(
         step=step,

@@ -33,6 +33,7 @@ class VariantResult:
 
     Attributes:
         curve: mean validation loss; of steps that all seeds have.
+        accuracy: of a classifier, at the end.
         tried: learning rate -> mean final validation loss, infinite for a diverged rate.
     """
 
@@ -41,6 +42,7 @@ class VariantResult:
     seeds: int
     curve: Curve
     tried: Mapping[float, float]
+    accuracy: float | None = None
 
     @property
     def final_loss(self) -> float:
@@ -152,8 +154,15 @@ def best_rate(name: str, rates: Mapping[float, Sequence[Mapping[str, Any]]]) -> 
         learning_rate=best,
         seeds=len(runs),
         curve=mean_curve([to_curve(run["eval_loss"]) for run in runs]),
+        accuracy=mean_accuracy(runs),
         tried=tried,
     )
+
+
+def mean_accuracy(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean final accuracy of classifiers, None for language models."""
+    found = [run["metrics"].get("eval_accuracy") for run in runs]
+    return None if None in found else fmean(found)
 
 
 def final_loss(record: Mapping[str, Any]) -> float:
@@ -218,7 +227,8 @@ def markdown_table(
         raise ValueError(f"--baseline {baseline!r} must be one of {', '.join(by_name)}")
     target = by_name[baseline]
     columns = (
-        *("best learning rate", "seeds", "steps", "validation loss", "perplexity"),
+        *("best learning rate", "seeds", "steps", "validation loss"),
+        "perplexity" if target.accuracy is None else "accuracy",
         f"steps to the loss of {baseline}",
         *(COST_COLUMNS if costs else ()),
     )
@@ -227,11 +237,17 @@ def markdown_table(
         steps = result.curve[-1][0]
         rows.append(
             f"| {result.name} | {result.learning_rate:g} | {result.seeds} | {steps} "
-            f"| {result.final_loss:.4f} | {math.exp(result.final_loss):.1f} "
+            f"| {result.final_loss:.4f} | {_quality_cell(result)} "
             f"| {_steps_cell(result, target)} |"
             + "".join(f" {cell} |" for cell in _cost_cells(result.name, costs))
         )
     return "\n".join(rows)
+
+
+def _quality_cell(result: VariantResult) -> str:
+    if result.accuracy is not None:
+        return f"{100 * result.accuracy:.1f} %"
+    return f"{math.exp(result.final_loss):.1f}"
 
 
 def learning_rate_table(results: Sequence[VariantResult]) -> str:

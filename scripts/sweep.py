@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Runs scripts/train_lm.py over a grid and collects one JSON line per run.
+"""Runs a training script over a grid and collects one JSON line per run.
 
     scripts/sweep.py configs/bench/wikitext2_gpt2_7m.yaml
     scripts/sweep.py configs/bench/wikitext2_gpt2_7m.yaml --only adamw_torch --set max_steps=100
 
-The YAML file has three mappings: `base` (options all runs share), `grid` (option -> values, all
+The YAML file may name the `script` (scripts/train_lm.py, or scripts/train_classifier.py) and has
+three mappings: `base` (options all runs share), `grid` (option -> values, all
 combinations are run) and `variants` (name -> options of that variant, where a list extends or
 replaces the grid). A run that is in the results file already is skipped, so an interrupted sweep is
 continued by the same command.
@@ -32,7 +33,7 @@ from trainer_ext.config_file import check_keys, read_yaml_mapping, to_arguments
 from trainer_ext.provenance import git_revision, hardware, package_versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TRAIN_SCRIPT = "scripts/train_lm.py"
+TRAIN_SCRIPTS = ("scripts/train_lm.py", "scripts/train_classifier.py")
 SECTIONS = ("base", "grid", "variants")
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing; returns the number of failed runs as the exit status."""
     args = parse_arguments(argv)
     try:
-        config = read_sweep(args.config)
+        script, config = read_sweep(args.config)
         runs = select(expand(config, parse_overrides(args.set)), args.only)
     except ValueError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{number}/{len(waiting)}] {label(run, config)}", flush=True)
         if args.dry_run:
             continue
-        record = execute(run, args.work_dir / args.config.stem / run.key)
+        record = execute(run, args.work_dir / args.config.stem / run.key, script)
         if record is None:
             failures += 1
             continue
@@ -96,21 +97,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # --- what to run ----------------------------------------------------------------------------------
 
 
-def read_sweep(path: Path) -> dict[str, dict[str, Any]]:
-    """The three sections of a sweep file, empty where they are missing.
+def read_sweep(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The training script and the three sections of a sweep file, empty where they are missing.
 
     Raises:
-        ValueError: an unknown section, a section that is no mapping, or no variant.
+        ValueError: an unknown section or script, a section that is no mapping, or no variant.
     """
     content = read_yaml_mapping(path)
-    check_keys(content, SECTIONS)
+    check_keys(content, ("script", *SECTIONS))
+    script = content.get("script", TRAIN_SCRIPTS[0])
+    if script not in TRAIN_SCRIPTS:
+        raise ValueError(
+            f"script = {script!r} in {str(path)!r} must be one of {', '.join(TRAIN_SCRIPTS)}"
+        )
     config = {section: content.get(section) or {} for section in SECTIONS}
     for section, value in config.items():
         if not isinstance(value, dict):
             raise ValueError(f"{section} in {str(path)!r} must be a mapping")
     if not config["variants"]:
         raise ValueError(f"variants in {str(path)!r} must name at least one variant")
-    return config
+    return script, config
 
 
 def expand(
@@ -189,14 +195,14 @@ def label(run: Run, config: Mapping[str, Mapping[str, Any]]) -> str:
 # --- one run --------------------------------------------------------------------------------------
 
 
-def execute(run: Run, folder: Path) -> dict[str, Any] | None:
+def execute(run: Run, folder: Path, script: str) -> dict[str, Any] | None:
     """Trains in a fresh process; returns the record, or None and the log's tail for a failure."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     arguments = to_arguments(run.options)
     command = [
         sys.executable,
-        str(REPOSITORY / TRAIN_SCRIPT),
+        str(REPOSITORY / script),
         *arguments,
         f"--output_dir={folder}",
         "--disable_tqdm=true",
@@ -215,7 +221,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any] | None:
         "variant": run.variant,
         "seed": run.options.get("seed", 42),
         "options": dict(run.options),
-        "command": [TRAIN_SCRIPT, *arguments],
+        "command": [script, *arguments],
         "git_revision": git_revision(REPOSITORY),
         "packages": package_versions(),
         "hardware": hardware(),

@@ -28,11 +28,13 @@ class Capture:
     Attributes:
         source: hooks on a model, or another source; None before one is attached.
         grad_scaler: the loss scaler in use, if it is known.
+        is_stale: whether parameters came after the hooks.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.source: ColumnSource | None = None
         self.grad_scaler: torch.amp.GradScaler | None = None
+        self.is_stale = False
         self._recipe = recipe
         self._algorithm = recipe.algorithm
         self._needs = layer_needs(recipe.algorithm)
@@ -58,6 +60,7 @@ class Capture:
         self.detach()
         dtype = self._recipe.numerics.dtype
         self.source = LayerColumns(model, param_groups, self._needs, dtype)
+        self.is_stale = False
 
     def detach(self) -> None:
         """Takes the hooks off the model."""
@@ -96,6 +99,11 @@ class Capture:
         )
         if not wanted:
             return
+        if isinstance(self.source, LayerColumns) and self.is_stale:
+            raise LayerInputError(
+                "a param group came after the model's layers were hooked: call "
+                "optimizer.attach(model) again"
+            )
         if self.source is None:
             raise LayerInputError(
                 f"{self._recipe.name} needs the inputs of the model's layers: build it with "

@@ -12,12 +12,19 @@ from hf_precond.optim.layout import group_names
 from hf_precond.preconditioners.base import Columns, LayerNeeds
 from hf_precond.statistics.captured import Captured
 from hf_precond.statistics.layer_io import LayerIO
-from hf_precond.statistics.layers import layer_layouts, with_known_layers
+from hf_precond.statistics.layers import layer_layouts, untied_names, with_known_layers
 from hf_precond.views.joint import Joint
 from hf_precond.views.plan import Slot
 from hf_precond.views.positions import WeightLayout, positions
-from hf_precond.views.rules import Assignment, iter_params
-from hf_precond.views.view import ParamView
+from hf_precond.views.rules import (
+    GENERAL_RULES,
+    Assignment,
+    ParamInfo,
+    assign,
+    canonical_name,
+    iter_params,
+)
+from hf_precond.views.view import ParamView, rows
 
 
 class ColumnSource(Protocol):
@@ -77,16 +84,24 @@ class LayerColumns:
         )
         self.clip: float | Tensor = 1.0
         self._captured: dict[str, Captured] = {}
+        self._dropped: dict[str, Captured] = {}
         self._places: dict[Slot, tuple[Tensor | None, Tensor | None]] = {}
 
     def arm(self, steps: Mapping[int, int]) -> None:
         """See :class:`ColumnSource`."""
-        self._captured = {}
-        self._io.arm({self._names[index]: step for index, step in steps.items()})
+        self._captured = self._dropped = {}
+        # Parameters that came after the hooks are not among them.
+        known = dict(enumerate(self._names))
+        self._io.arm({known[index]: step for index, step in steps.items() if index in known})
 
     def collect(self, loss_scale: float | Tensor) -> None:
-        """See :class:`ColumnSource`."""
-        self._captured = self._io.take(loss_scale)
+        """See :class:`ColumnSource`. Columns that are not finite count as not captured."""
+        found = self._io.take(loss_scale)
+        finite = [item.is_finite() for item in found.values()]
+        good = torch.stack(finite).tolist() if finite else []
+        named = list(zip(found, good, strict=True))
+        self._captured = {name: found[name] for name, fine in named if fine}
+        self._dropped = {name: found[name] for name, fine in named if not fine}
 
     def clear(self) -> None:
         """See :class:`ColumnSource`."""
@@ -94,10 +109,11 @@ class LayerColumns:
 
     def alone(self) -> dict[int, Tensor]:
         """Returns the norms of gradients that were not formed, by the parameter's index."""
+        seen = {**self._captured, **self._dropped}
         return {
-            index: self._captured[name].gradient_norm()
+            index: seen[name].gradient_norm()
             for index, name in enumerate(self._names)
-            if name in self._captured and self._captured[name].alone
+            if name in seen and seen[name].alone
         }
 
     def remove(self) -> None:
@@ -106,7 +122,8 @@ class LayerColumns:
 
     def columns(self, slot: Slot, gradients: Mapping[int, Tensor]) -> Columns | None:
         """See :class:`ColumnSource`."""
-        captured = self._captured.get(self._names[slot.param])
+        name = self._names[slot.param] if slot.param < len(self._names) else ""
+        captured = self._captured.get(name)
         if captured is None:
             return None
         outputs, inputs = self._place(slot, captured)
@@ -139,33 +156,39 @@ class LayerColumns:
 def take_layers(param_groups: Sequence[MutableMapping[str, Any]], model: nn.Module) -> None:
     """Writes names and layer layouts into groups that came without, from the model.
 
-    A parameter whose layer is of no known kind loses its views and follows the fallback.
+    A parameter whose layer is of no known kind loses its views and follows the fallback; views that
+    came from the shape alone give way to those of the layer's kind.
 
     Raises:
         ValueError: for a parameter that is none of the model's.
     """
+    names = {id(param): canonical_name(name) for name, param in model.named_parameters()}
     infos = {id(info.param): info for info in iter_params(model)}
+    trained = untied_names(infos.values())
     for group in param_groups:
-        strange = [param.shape for param in group["params"] if id(param) not in infos]
+        strange = [param.shape for param in group["params"] if id(param) not in names]
         if strange:
             raise ValueError(
-                f"{len(strange)} parameters of the optimizer are no trainable parameters of the "
-                f"model, the first of shape {tuple(strange[0])}"
+                f"{len(strange)} parameters of the optimizer are no parameters of the model, the "
+                f"first of shape {tuple(strange[0])}"
             )
-    found = [[infos[id(param)] for param in group["params"]] for group in param_groups]
-    if any(layout for group in param_groups for layout in group["layers"]):
-        return
-    assigned = with_known_layers(
-        (info, Assignment(views=tuple(map(ParamView.from_plain, plain)), reason=""))
-        for group, members in zip(param_groups, found, strict=True)
-        for info, plain in zip(members, group["views"], strict=True)
-    )
-    layouts = iter(layer_layouts(assigned))
-    views = iter(assigned)
-    for group, members in zip(param_groups, found, strict=True):
-        group["param_names"] = [info.name for info in members]
-        group["views"] = [[view.to_plain() for view in next(views)[1].views] for _ in members]
-        group["layers"] = [next(layouts) for _ in members]
+        if "param_names" not in group:
+            group["param_names"] = [names[id(param)] for param in group["params"]]
+        for index, param in enumerate(group["params"]):
+            info = infos.get(id(param))
+            if info is None:  # frozen
+                group["views"][index] = []
+            elif group["views"][index] and not group["layers"][index]:
+                found = with_known_layers([(info, _assignment(info, group["views"][index]))])
+                group["views"][index] = [view.to_plain() for view in found[0][1].views]
+                (group["layers"][index],) = layer_layouts(found, trained)
+
+
+def _assignment(info: ParamInfo, plain: Sequence[Any]) -> Assignment:
+    views = tuple(map(ParamView.from_plain, plain))
+    if views == (rows(info.param.shape),):
+        return assign(info, GENERAL_RULES)
+    return Assignment(views=views, reason="given")
 
 
 def _picked(x_NSF: Tensor, index_GK: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_precond.linalg.precision import highest_matmul_precision
 from hf_precond.optim.banks import Bank
-from hf_precond.optim.capture import Capture
+from hf_precond.optim.capture import Capture, LayerInputError
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.health import Health
 from hf_precond.optim.layer_columns import ColumnSource
@@ -113,6 +113,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._forget_banks()
+        self._capture.is_stale = True
 
     @staticmethod
     def _take_views(group: dict[str, Any]) -> None:
@@ -378,6 +379,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         placed = self._placed_views()
         self._log_displaced(placed)
         self._owners = owner_counts(placed, self._params)
+        self._joint = {(item.param, item.bias) for item in placed if item.bias is not None}
         buckets = self._plan_buckets()
         banks: list[Bank] = []
         for bucket, phases in zip(buckets, refresh_phases(buckets), strict=True):
@@ -455,6 +457,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 what = "gradient is not finite, step left out"
                 self._faults.count(bad, "skipped_nonfinite", what, FloatingPointError)
             self._faults.clear(gradients, "skipped_nonfinite")
+        for weight, bias in self._joint:
+            # Trained together or not at all.
+            if (weight in gradients) != (bias in gradients):
+                gradients.pop(weight, None)
+                gradients.pop(bias, None)
+                if self._params[weight].grad is None or self._params[bias].grad is None:
+                    what = "of the layer's weight and bias one has no gradient, step left out"
+                    self._faults.count([weight], "missing_columns", what, LayerInputError)
         self._clip_gradients(gradients, norms, alone)
         return gradients
 

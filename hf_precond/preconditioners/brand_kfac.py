@@ -39,6 +39,7 @@ from hf_precond.preconditioners.base import (
 from hf_precond.preconditioners.kfac import ROW_DEFAULTS
 from hf_precond.preconditioners.kronecker import widened
 from hf_precond.preconditioners.randomized_kfac import RandomizedKFac
+from hf_precond.preconditioners.schedule import Schedule
 
 _AUTHORS_SHARE = 0.2
 _FORM = ("vectors", "values", "width")
@@ -294,7 +295,12 @@ def _clip_factor(g_GMB: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     return torch.where(alive, norm / torch.where(alive, square, 1).sqrt(), 1.0)
 
 
-_BRAND_DEFAULTS = {**ROW_DEFAULTS, "brand_interval": 10}
+_BRAND_DEFAULTS = {
+    **ROW_DEFAULTS,
+    "brand_interval": 10,
+    "rank": Schedule.parse(32),
+    "max_columns": 64,
+}
 
 INFOS = (
     OptimizerInfo(

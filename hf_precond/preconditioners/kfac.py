@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_precond.linalg.eigen import eigh
 from hf_precond.preconditioners.base import OptimizerInfo, State, StepContext, option
 from hf_precond.preconditioners.kronecker import Kronecker
+from hf_precond.preconditioners.schedule import Schedule
 
 # What the registered rows of the family have in common: steps as long as Adam's, on the momentum of
 # the gradient, and intervals for runs of thousands of steps, not of a hundred thousand.
@@ -24,6 +25,7 @@ ROW_DEFAULTS = {
     "attention_grouping": "kernel",
     "update_interval": 10,
     "inverse_interval": 50,
+    "damping": Schedule.parse(0.01),
 }
 
 

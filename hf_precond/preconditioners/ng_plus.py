@@ -156,11 +156,11 @@ class NgPlus:
                 name: torch.zeros(groups, *rest, dtype=dtype, device=device)
                 for name, rest in sizes.items()
             }
-        eye = torch.eye(size, dtype=dtype, device=device).expand(groups, size, size)
+        eye = torch.eye(size, dtype=dtype, device=device).repeat(groups, 1, 1)
         first = _AUTHORS_START if self.authors_code else self.damping.initial
         if self.damping_mode == "relative" or self.curvature != "minibatch":
             first = 0.0
-        return {"curvature": first * eye, "inverse": torch.zeros_like(eye).contiguous()}
+        return {"curvature": first * eye, "inverse": eye}
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
         samples = None
@@ -232,7 +232,7 @@ class NgPlus:
     # -- direction --
 
     def _solved(self, state: State, x: Tensor) -> Tensor:
-        """(L + lam I)^(-1) x, or what a sketch makes of it; zero before anything was seen."""
+        """(L + lam I)^(-1) x, or what a sketch makes of it; x before anything was seen."""
         if self.solver == "inverse":
             return state["inverse"] @ x
         columns, shift = state["columns"], state["shift"][:, None, None]
@@ -245,7 +245,7 @@ class NgPlus:
             inner = some.mT @ x.gather(1, rows.expand(-1, -1, x.shape[2])) * scale
         alive = shift > 0
         solved = (x - columns @ (state["inverse"] @ inner)) / torch.where(alive, shift, 1.0)
-        return solved * alive
+        return torch.where(alive, solved, x)
 
     def _is_left(self, shape: Sequence[int]) -> bool:
         return self.authors_code or shape[1] <= shape[2]
@@ -266,9 +266,8 @@ class NgPlus:
         return x[..., drawn] * (count / self.sketch_size) ** 0.5
 
     def _inverse(self, curvature: Tensor, ctx: StepContext) -> Tensor:
-        """(L + lam I)^(-1); zero where relative damping meets a zero curvature."""
-        shift = self._shift(curvature, ctx)
-        return positive_inverse(_damped(curvature, shift)) * (shift > 0)[:, None, None]
+        """(L + lam I)^(-1); the identity where relative damping meets a zero curvature."""
+        return positive_inverse(_damped(curvature, self._shift(curvature, ctx)))
 
     def _shift(self, curvature: Tensor, ctx: StepContext) -> Tensor:
         """lam of each group, ``[G]``."""

@@ -120,11 +120,13 @@ class RandomizedKFac(Kronecker):
         return {"rank": (rank + step).clamp(min(self.rank_step, ceiling), ceiling)}
 
 
+_DEFAULTS = {**ROW_DEFAULTS, "rank": Schedule.parse(64)}
+
 INFOS = (
     OptimizerInfo(
         name="rs_kfac",
         algorithm=RandomizedKFac,
-        defaults=ROW_DEFAULTS,
+        defaults=_DEFAULTS,
         fixed={"decomposition": "rsvd"},
         summary="K-FAC with randomized singular value decompositions of the factors",
         paper="Puiu, Brand New K-FACs, 2022, Algorithm 1",
@@ -132,7 +134,7 @@ INFOS = (
     OptimizerInfo(
         name="sre_kfac",
         algorithm=RandomizedKFac,
-        defaults=ROW_DEFAULTS,
+        defaults=_DEFAULTS,
         fixed={"decomposition": "srevd"},
         summary="K-FAC with randomized symmetric eigenvalue decompositions of the factors",
         paper="Puiu, Brand New K-FACs, 2022, section 2.2",

@@ -71,6 +71,7 @@ def gathered(
             total=int(headers[:, index, 3].sum()),
             seen=int(headers[:, index, 2].sum()),
             by_sample=by_sample,
+            reduced=bool(headers[:, index, 4].any()),
             processes=len(headers),
         )
     return found
@@ -78,8 +79,9 @@ def gathered(
 
 def _sizes(item: Captured | None) -> list[float]:
     if item is None:
-        return [0.0, 0.0, 0.0, 0.0]
-    return [*map(float, item.inputs.shape[:2]), float(item.seen), float(item.total)]
+        return [0.0] * 5
+    counts = (*item.inputs.shape[:2], item.seen, item.total, item.reduced)
+    return [float(count) for count in counts]
 
 
 def _shapes(row: Tensor, features: tuple[int, int]) -> list[tuple[int, ...]]:

@@ -116,18 +116,27 @@ def with_known_layers(
 
 
 def layer_layouts(
-    assigned: Iterable[tuple[ParamInfo, Assignment]],
+    assigned: Sequence[tuple[ParamInfo, Assignment]], trained: Iterable[str] | None = None
 ) -> list[list[Any]]:
     """Returns for each parameter how its layer reads it, as plain lists; empty without a layer.
 
     A bias is named where it is trained and belongs to this layer alone.
 
+    Args:
+        trained: names of all parameters that are trained; default those assigned.
+
     Raises:
         ValueError: if a view does not keep the layer's outputs and inputs apart.
     """
-    assigned = list(assigned)
-    trained = {info.name for info, _ in assigned if not info.tied_names}
-    return [_layout(info, assignment.views, trained) for info, assignment in assigned]
+    if trained is None:
+        trained = untied_names(info for info, _ in assigned)
+    names = set(trained)
+    return [_layout(info, assignment.views, names) for info, assignment in assigned]
+
+
+def untied_names(infos: Iterable[ParamInfo]) -> set[str]:
+    """Names of parameters that belong to one layer alone."""
+    return {info.name for info in infos if not info.tied_names}
 
 
 def _layout(info: ParamInfo, views: Sequence[Any], trained: set[str]) -> list[Any]:
@@ -135,10 +144,11 @@ def _layout(info: ParamInfo, views: Sequence[Any], trained: set[str]) -> list[An
     if not views or kind is None:
         return []
     bias = f"{info.module_name}.bias" if info.module_name else "bias"
+    own = getattr(info.module, "bias", None)
     layout = WeightLayout(
         transposed=kind.transposed,
         groups=int(getattr(info.module, "groups", 1)),
-        bias=bias if bias in trained else "",
+        bias=bias if bias in trained and own is not None and own.requires_grad else "",
     )
     for view in views:
         if positions(view, layout, info.param.shape) is None:

@@ -130,7 +130,7 @@ class NgPlusReference:
         drawn = torch.arange(m) if self.draw_rows is None else self.draw_rows(self.step, m)
         om = (m / len(drawn)) ** 0.5 * eye[drawn]
         if lam == 0.0:
-            return torch.zeros_like(curvature)
+            return torch.eye(len(curvature), dtype=curvature.dtype)
         inner = u.T @ om.T @ om @ u + lam * torch.eye(u.shape[1], dtype=u.dtype)
         return (eye - u @ torch.linalg.solve(inner, u.T @ om.T @ om)) / lam
 
@@ -157,10 +157,10 @@ class NgPlusReference:
         return n / len(drawn) * g[:, drawn] @ g[:, drawn].T
 
     def _inverse(self, curvature: Tensor) -> Tensor:
-        """(L + lam I)^{-1}, zero where there is no curvature to be relative to."""
+        """(L + lam I)^{-1}, the identity where there is no curvature to be relative to."""
         lam = self._damping(curvature)
         if lam == 0.0:
-            return torch.zeros_like(curvature)
+            return torch.eye(len(curvature), dtype=curvature.dtype)
         return torch.linalg.inv(curvature + lam * torch.eye(len(curvature), dtype=curvature.dtype))
 
     def _damping(self, curvature: Tensor) -> float:

@@ -25,11 +25,16 @@ def _files(folder: str) -> list[Path]:
     return sorted((CONFIGS / folder).glob("*.yaml"))
 
 
+def parser_of(script: ModuleType) -> Parse:
+    """Parses arguments as a training script does."""
+    types = (script.ModelArguments, script.DataArguments, TrainingArguments)
+    return lambda argv: parse_config_and_command_line(types, argv)
+
+
 @pytest.fixture
 def parse(train_lm: ModuleType) -> Parse:
     """Parses arguments as scripts/train_lm.py does."""
-    types = (train_lm.ModelArguments, train_lm.DataArguments, TrainingArguments)
-    return lambda argv: parse_config_and_command_line(types, argv)
+    return parser_of(train_lm)
 
 
 @pytest.mark.parametrize("path", _files("lm"), ids=lambda path: path.stem)
@@ -41,8 +46,7 @@ def test_lm_configs_are_valid_arguments(parse: Parse, path: Path) -> None:
 @pytest.mark.parametrize("path", _files("vision"), ids=lambda path: path.stem)
 def test_vision_configs_are_valid_arguments(path: Path) -> None:
     script = load_script("train_classifier")
-    types = (script.ModelArguments, script.DataArguments, TrainingArguments)
-    model_args, _, args = parse_config_and_command_line(types, [str(path)])
+    model_args, _, args = parser_of(script)([str(path)])
     content = read_yaml_mapping(path)
     assert args.optim == content["optim"]
     assert path.stem == content["optim"].removesuffix("_torch")
@@ -53,8 +57,10 @@ def test_vision_configs_are_valid_arguments(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", _files("bench"), ids=lambda path: path.stem)
-def test_bench_configs_expand_to_valid_runs(sweep: ModuleType, parse: Parse, path: Path) -> None:
-    runs = sweep.expand(sweep.read_sweep(path))
+def test_bench_configs_expand_to_valid_runs(sweep: ModuleType, path: Path) -> None:
+    script, config = sweep.read_sweep(path)
+    parse = parser_of(load_script(Path(script).stem))
+    runs = sweep.expand(config)
     assert runs
     for run in runs:
         *_, args = parse(to_arguments(run.options))

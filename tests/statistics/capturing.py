@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_precond import PreconditionedOptimizer, create_optimizer
 from hf_precond.statistics.captured import Captured
-from hf_precond.statistics.layer_io import LayerIO, layers_by_weight
+from hf_precond.statistics.layer_io import LayerIO
 from hf_precond.statistics.layers import layer_kind
 
 STEP = 1
@@ -26,8 +26,8 @@ PLAIN: dict[str, Any] = {
 def armed(model: nn.Module, **options: Any) -> LayerIO:
     """A capture of all layers of a model, ready for its first step."""
     layers = {
-        name: layer
-        for name, layer in layers_by_weight(model).items()
+        f"{name}.weight" if name else "weight": layer
+        for name, layer in model.named_modules()
         if layer_kind(layer) is not None
     }
     io = LayerIO(model, layers, **{"dtype": torch.float64, **options})

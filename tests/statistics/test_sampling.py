@@ -20,9 +20,9 @@ def kept(
     size: int | None, seed: int, batches: Sequence[Tensor], valid: Sequence[Tensor] | None = None
 ) -> Tensor:
     """The rows that a reservoir keeps of some batches."""
-    reservoir = Reservoir(size, seed)
+    reservoir = Reservoir(seed)
     for index, batch in enumerate(batches):
-        reservoir.add([batch], None if valid is None else valid[index])
+        reservoir.add([batch], size, None if valid is None else valid[index])
         assert size is None or len(reservoir.rows[0]) <= size
     return reservoir.rows[0]
 
@@ -76,10 +76,10 @@ def test_padding_is_kept_last(size: int) -> None:
 
 
 def test_rows_of_several_tensors_stay_together() -> None:
-    reservoir = Reservoir(4, 3)
+    reservoir = Reservoir(3)
     for start in (0, 6):
         x = torch.arange(start, start + 6)
-        reservoir.add([x, 10 * x, x.float().unsqueeze(1)])
+        reservoir.add([x, 10 * x, x.float().unsqueeze(1)], 4)
     first, second, third = reservoir.rows
     assert torch.equal(second, 10 * first)
     assert torch.equal(third.squeeze(1), first.float())
