@@ -39,7 +39,7 @@ def build(name: str, model: Any, *, lr: float = LR, **options: Any) -> Precondit
 
 
 class GradientColumns:
-    """Columns made up from gradients, for parameters without a layer; see tests.reference.columns."""
+    """Columns made up from gradients (tests.reference.columns), for parameters without a layer."""
 
     def arm(self, steps: Mapping[int, int]) -> None:
         """Nothing to prepare."""
