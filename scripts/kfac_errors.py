@@ -800,7 +800,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         row[0].set_ylabel("relative error")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

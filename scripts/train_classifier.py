@@ -14,9 +14,7 @@ optimizers of this project valid values of `--optim`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +29,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import trainer_ext  # noqa: F401  registers the optimizers
 from trainer_ext.config_file import parse_config_and_command_line
@@ -52,8 +49,21 @@ from trainer_ext.data.vision_presets import (
     name_labels,
     vision_preset_config,
 )
+from trainer_ext.training_script import (
+    find_checkpoint,
+    one_line_errors,
+    save_results,
+    summary,
+    train_and_evaluate,
+)
 
 DEFAULT_PRESET = "vit-tiny"
+
+FIGURES = (
+    ("validation loss", "eval_loss", ".4f"),
+    ("accuracy", "eval_accuracy", ".4f"),
+    ("training seconds", "train_runtime", ".0f"),
+)
 
 
 @dataclass(kw_only=True)
@@ -175,47 +185,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         },
         description=__doc__,
     )
-    with one_line_errors():
+    with one_line_errors(__file__):
         if not args.do_train and not args.do_eval:
             raise ValueError("do_train=False and do_eval=False leave nothing to do")
         checkpoint = find_checkpoint(args)
         trainer = build_trainer(model_args, data_args, args)
-    metrics = train_and_evaluate(trainer, args, checkpoint)
+    metrics = train_and_evaluate(trainer, checkpoint)
     if data_args.save_final_model:
-        save_results(trainer, model_args, data_args)
+        folder_name = data_args.data_dir and Path(data_args.data_dir).name
+        save_results(
+            trainer,
+            task="image-classification",
+            dataset=folder_name or data_args.dataset_name or SHAPES,
+            finetuned_from=model_args.model_name_or_path,
+        )
     if trainer.is_world_process_zero():
-        print(summary(metrics, Path(args.output_dir)))
+        print(summary(FIGURES, metrics, Path(args.output_dir)))
     return metrics
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns a ValueError of the preparation into one line on stderr and exit status 2."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"train_classifier.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The folder to resume from; `--resume_from_checkpoint true` is the last of output_dir.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        output = Path(args.output_dir)
-        checkpoint = get_last_checkpoint(output) if output.is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint=true: {args.output_dir!r} has no checkpoint")
-        return checkpoint
-    if not Path(wanted).is_dir():
-        raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder")
-    return wanted
 
 
 # --- preparation ----------------------------------------------------------------------------------
@@ -328,62 +314,6 @@ def build_datasets(
         ImageDataset(data.train, augmentation=augmentation, **normalisation),
         ImageDataset(data.validation, **normalisation),
     )
-
-
-# --- the run --------------------------------------------------------------------------------------
-
-
-def train_and_evaluate(
-    trainer: Trainer, args: TrainingArguments, checkpoint: str | None
-) -> dict[str, float]:
-    """Trains and evaluates as `do_train` and `do_eval` say; writes the metrics files."""
-    metrics: dict[str, float] = {}
-    if args.do_train:
-        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics |= train_metrics
-    if args.do_eval:
-        eval_metrics = trainer.evaluate()
-        trainer.log_metrics("eval", eval_metrics)
-        trainer.save_metrics("eval", eval_metrics)
-        metrics |= eval_metrics
-    trainer.save_state()
-    return metrics
-
-
-def save_results(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Saves the model and writes the model card, pushed if asked for."""
-    trainer.save_model()
-    if model_args.model_name_or_path is None:
-        # The stock card calls a model without a name a fine-tuned version of nothing; one whose
-        # name is a folder it takes for trained from scratch, as this is.
-        trainer.model.config.name_or_path = trainer.args.output_dir
-    folder_name = data_args.data_dir and Path(data_args.data_dir).name
-    card = {
-        "tasks": "image-classification",
-        "dataset": folder_name or data_args.dataset_name or SHAPES,
-        "finetuned_from": model_args.model_name_or_path,
-    }
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-
-
-def summary(metrics: dict[str, float], output_dir: Path) -> str:
-    """The closing lines: the figures that matter and where the files are."""
-    figures = [
-        f"{label} {metrics[key]:{form}}"
-        for label, key, form in (
-            ("validation loss", "eval_loss", ".4f"),
-            ("accuracy", "eval_accuracy", ".4f"),
-            ("training seconds", "train_runtime", ".0f"),
-        )
-        if key in metrics
-    ]
-    files = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
-    return f"\n{', '.join(figures)}\n{output_dir}/: {', '.join(files)}"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ of this project valid values of `--optim`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,7 +31,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import trainer_ext  # noqa: F401  registers the optimizers
 from trainer_ext.config_file import parse_config_and_command_line
@@ -42,9 +39,23 @@ from trainer_ext.data.metrics import LanguageModelMetrics, perplexity, sequence_
 from trainer_ext.data.packing import collate_blocks, pack
 from trainer_ext.data.presets import PRESETS, override_config, preset_config
 from trainer_ext.data.tokenizer import load_or_train_tokenizer
+from trainer_ext.training_script import (
+    find_checkpoint,
+    one_line_errors,
+    save_results,
+    summary,
+    train_and_evaluate,
+)
 
 DEFAULT_PRESET = "gpt2-7m"
 MODEL_DTYPES = ("float32", "bfloat16", "auto")
+
+FIGURES = (
+    ("validation loss", "eval_loss", ".4f"),
+    ("perplexity", "eval_perplexity", ".2f"),
+    ("token accuracy", "eval_accuracy", ".3f"),
+    ("training seconds", "train_runtime", ".0f"),
+)
 
 
 @dataclass(kw_only=True)
@@ -188,25 +199,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         },
         description=__doc__,
     )
-    with one_line_errors():
+    with one_line_errors(__file__):
         checkpoint = check_run(data_args, args)
         trainer = build_trainer(model_args, data_args, args)
-    metrics = train_and_evaluate(trainer, args, checkpoint)
+    metrics = train_and_evaluate(trainer, checkpoint, add_perplexity)
     if data_args.save_final_model:
-        save_results(trainer, model_args, data_args)
+        file_name = data_args.train_file and Path(data_args.train_file).name
+        save_results(
+            trainer,
+            task="text-generation",
+            dataset=file_name or data_args.dataset_name or STDLIB,
+            finetuned_from=model_args.model_name_or_path,
+        )
     if trainer.is_world_process_zero():
-        print(summary(metrics, Path(args.output_dir)))
+        print(summary(FIGURES, metrics, Path(args.output_dir)))
     return metrics
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns a ValueError of the preparation into one line on stderr and exit status 2."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"train_lm.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 def check_run(data_args: DataArguments, args: TrainingArguments) -> str | None:
@@ -220,26 +227,6 @@ def check_run(data_args: DataArguments, args: TrainingArguments) -> str | None:
     if data_args.streaming and args.do_train and args.max_steps <= 0:
         raise ValueError(f"streaming=True needs max_steps > 0, got max_steps={args.max_steps}")
     return find_checkpoint(args)
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The folder to resume from; `--resume_from_checkpoint true` is the last of output_dir.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        output = Path(args.output_dir)
-        checkpoint = get_last_checkpoint(output) if output.is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint=true: {args.output_dir!r} has no checkpoint")
-        return checkpoint
-    if not Path(wanted).is_dir():
-        raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder")
-    return wanted
 
 
 # --- preparation ----------------------------------------------------------------------------------
@@ -417,63 +404,9 @@ def new_or_pretrained_model(
     return AutoModelForCausalLM.from_config(config, **options)
 
 
-# --- the run --------------------------------------------------------------------------------------
-
-
-def train_and_evaluate(
-    trainer: Trainer, args: TrainingArguments, checkpoint: str | None
-) -> dict[str, float]:
-    """Trains and evaluates as `do_train` and `do_eval` say; writes the metrics files."""
-    metrics: dict[str, float] = {}
-    if args.do_train:
-        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics |= train_metrics
-    if args.do_eval:
-        eval_metrics = trainer.evaluate()
-        # With prediction_loss_only the Trainer leaves compute_metrics out.
-        eval_metrics.setdefault("eval_perplexity", perplexity(eval_metrics["eval_loss"]))
-        trainer.log_metrics("eval", eval_metrics)
-        trainer.save_metrics("eval", eval_metrics)
-        metrics |= eval_metrics
-    trainer.save_state()
-    return metrics
-
-
-def save_results(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Saves the model with its tokenizer and writes the model card, pushed if asked for."""
-    trainer.save_model()
-    if model_args.model_name_or_path is None:
-        # The stock card calls a model without a name a fine-tuned version of nothing; one whose
-        # name is a folder it takes for trained from scratch, as this is.
-        trainer.model.config.name_or_path = trainer.args.output_dir
-    file_name = data_args.train_file and Path(data_args.train_file).name
-    card = {
-        "tasks": "text-generation",
-        "dataset": file_name or data_args.dataset_name or STDLIB,
-        "finetuned_from": model_args.model_name_or_path,
-    }
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-
-
-def summary(metrics: dict[str, float], output_dir: Path) -> str:
-    """The closing lines: the figures that matter and where the files are."""
-    figures = [
-        f"{label} {metrics[key]:{form}}"
-        for label, key, form in (
-            ("validation loss", "eval_loss", ".4f"),
-            ("perplexity", "eval_perplexity", ".2f"),
-            ("token accuracy", "eval_accuracy", ".3f"),
-            ("training seconds", "train_runtime", ".0f"),
-        )
-        if key in metrics
-    ]
-    files = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
-    return f"\n{', '.join(figures)}\n{output_dir}/: {', '.join(files)}"
+def add_perplexity(metrics: dict[str, float]) -> None:
+    """With prediction_loss_only the Trainer leaves compute_metrics out."""
+    metrics.setdefault("eval_perplexity", perplexity(metrics["eval_loss"]))
 
 
 if __name__ == "__main__":
