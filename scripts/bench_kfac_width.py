@@ -421,7 +421,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained", sharey=True)
     for axes, part in zip(panels, ("refresh", "application", "total"), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             widths, times = timed_widths(rows, method, part)
@@ -441,8 +441,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("milliseconds a step")
-    panels[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

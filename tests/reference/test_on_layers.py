@@ -39,7 +39,8 @@ from trainer_ext.layers import view_rules
 
 STEPS = 8
 TOLERANCE = 1e-10
-LR = 1e-2
+# Small enough for training not to magnify rounding: a wild run is compared with another one.
+LR = 1e-3
 DECAY = 0.05
 CASES = [tiny_mlp, tiny_gpt2_block, tiny_conv_net]
 # With Adam's eps in the fallback GPT-2's key biases, whose gradients are zero in exact arithmetic,
@@ -154,6 +155,7 @@ class ModelReference:
 
     def __init__(self, model: nn.Module, loss: Loss, optimizer: PreconditionedOptimizer) -> None:
         self.model, self.loss = deepcopy(model), loss
+        self.lr = optimizer.param_groups[0]["lr"]
         self.options = optimizer.recipe.hyperparameters()
         own = dict(self.model.named_parameters())
         views = {
@@ -171,7 +173,7 @@ class ModelReference:
         self.others = {
             name: AdamReference(
                 weight=param.detach().clone(),
-                lr=LR,
+                lr=self.lr,
                 weight_decay=DECAY if param.ndim > 1 else 0.0,
                 betas=self.options["betas"],
                 eps=self.options["fallback_eps"],
@@ -215,7 +217,7 @@ class ModelReference:
             for name, layer in self.layers.items()
         }
         for name, factor in self._clip(directions, grads).items():
-            self.layers[name].move(factor * directions[name], LR, DECAY)
+            self.layers[name].move(factor * directions[name], self.lr, DECAY)
         own = dict(self.model.named_parameters())
         for name, reference in self.others.items():
             reference.step(own[name].grad)
@@ -270,7 +272,7 @@ class ModelReference:
             return {name: min(1.0, limit / rms) for name, rms in roots.items()}
         if mode == "kl":
             limit = 1e-3 if limit is None else limit
-            change = LR**2 * sum((d * grads[name]).sum() for name, d in directions.items())
+            change = self.lr**2 * sum((d * grads[name]).sum() for name, d in directions.items())
             return dict.fromkeys(directions, min(1.0, (limit / change) ** 0.5))
         return dict.fromkeys(directions, 1.0)
 
@@ -325,6 +327,7 @@ def compare(
     label: str,
     *,
     micro_batches: int = 1,
+    lr: float = LR,
     max_norm: float | None = None,
     by_optimizer: bool = False,
     split: bool = True,
@@ -346,7 +349,7 @@ def compare(
     if split and isinstance(model, GPT2LMHeadModel):
         grouping = options.get("attention_grouping", "kernel")
         settings["rules"] = view_rules(model, attention_grouping=grouping)
-    optimizer = create_optimizer(model, name, lr=LR, weight_decay=DECAY, **settings)
+    optimizer = create_optimizer(model, name, lr=lr, weight_decay=DECAY, **settings)
     reference = ModelReference(model, loss, optimizer)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     clipped = []
@@ -359,7 +362,7 @@ def compare(
         for key in own:
             assert_same([own[key]], [expected[key]], TOLERANCE, f"step {step + 1}, {key}")
     for key, param in model.named_parameters():
-        assert (param - before[key]).abs().max() > 1e-4, f"{key} did not move"
+        assert (param - before[key]).abs().max() > 1e-6, f"{key} did not move"
     return Outcome(optimizer=optimizer, reference=reference, clipped=clipped)
 
 
@@ -459,7 +462,7 @@ def test_agrees_on_padded_sequences(label: str) -> None:
 @pytest.mark.parametrize("label", KFAC)
 def test_agrees_with_one_column_per_sample(label: str, make: Make) -> None:
     """On queries, keys and values in one kernel: see the next test."""
-    compare(make, label, weight_sharing="reduce", micro_batches=2, split=False)
+    compare(make, label, lr=LR / 10, weight_sharing="reduce", micro_batches=2, split=False)
 
 
 @pytest.mark.parametrize("label", ["kfac", "rs_kfac", "b_kfac"])
@@ -503,7 +506,7 @@ _VARIANTS: dict[str, tuple[str, Options]] = {
     "kfac_damping_schedule": ("kfac", {"damping": "0.1/0.5@step4"}),
     "rs_kfac_authors_code": ("rs_kfac", {"authors_code": True, "rank": 4, "rank_step": 1}),
     "sre_kfac_authors_code": ("sre_kfac", {"authors_code": True, "rank": 4, "rank_step": 1}),
-    "rs_kfac_without_continuation": ("rs_kfac", {"continuation": False}),
+    "rs_kfac_without_continuation": ("rs_kfac", {"continuation": False, "damping": 1.0}),
     "rs_kfac_rank_schedule": ("rs_kfac", {"rank": "4/2@step4", "oversampling": "0/1@step3"}),
     "b_kfac_authors_code": ("b_kfac", {"authors_code": True, "rank": 4, "rank_step": 1}),
     "b_kfac_without_continuation": ("b_kfac", {"continuation": False}),
@@ -541,14 +544,14 @@ def test_agrees_under_its_own_options(variant: str, make: Make) -> None:
 @pytest.mark.parametrize("mode", ["update_rms", "kl"])
 def test_agrees_when_clipped(mode: str, label: str, make: Make) -> None:
     """Each layer with its bias by the root mean square, all layers by one bound."""
-    limit = {"update_rms": 0.05, "kl": 1e-5}[mode]
+    limit = {"update_rms": 0.05, "kl": 0.1 * LR**2}[mode]
     outcome = compare(make, label, clip_mode=mode, clip_value=limit, momentum="heavy_ball")
     assert min(outcome.clipped) < 0.99, "nothing was clipped"
 
 
 @pytest.mark.parametrize("mode", ["update_rms", "kl"])
 def test_agrees_with_the_usual_limits(mode: str) -> None:
-    outcome = compare(tiny_mlp, "kfac", clip_mode=mode, damping=0.01)
+    outcome = compare(tiny_mlp, "kfac", lr=1e-2, clip_mode=mode, damping=0.01)
     assert min(outcome.clipped) < 0.99, "nothing was clipped"
 
 

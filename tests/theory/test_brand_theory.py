@@ -62,8 +62,9 @@ def test_a_thousand_updates_in_float32(kind: str) -> None:
         found = loewner.low_rank(vectors.double(), values.double())
         scale = torch.linalg.matrix_norm(expected).item()
         worst = max(worst, torch.linalg.matrix_norm(found - expected).item() / scale)
-        spectrum = torch.linalg.eigvalsh(expected).flip(-1)[..., : RANK + EXTRA]
-        assert (values - spectrum).abs().max() <= FLOAT32_TOL * spectrum.max(), f"step {step}"
+        if step % 50 == 49:
+            spectrum = torch.linalg.eigvalsh(expected).flip(-1)[..., : RANK + EXTRA]
+            assert (values - spectrum).abs().max() <= FLOAT32_TOL * spectrum.max(), f"step {step}"
         alive = torch.diag_embed((values > 0).float())
         skew = max(skew, torch.linalg.matrix_norm(vectors.mT @ vectors - alive, ord=2).item())
     assert scale > 0
