@@ -249,7 +249,7 @@ class Layer:
     def _columns(self, inputs: Inputs, ctx: StepContext) -> list[Tensor]:
         """The columns as the linear application has them, before it multiplies them."""
         pairs = zip(SIDES, inputs.columns.flat(), strict=True)
-        return [self.algorithm._inverse(self.state, side, x.mT, ctx) for side, x in pairs]
+        return [self.algorithm.precondition(self.state, side, x.mT, ctx) for side, x in pairs]
 
     def _time(self, function: Callable[[], Any]) -> float:
         start = now(self.device)

@@ -293,7 +293,7 @@ class Watcher:
         """The inverse of a damped factor, ``[G, size, size]``."""
         vectors = self.state[f"{side}_vectors"]
         eye = torch.eye(vectors.shape[-2], dtype=vectors.dtype, device=vectors.device)
-        return self.algorithm._inverse(self.state, side, eye.expand(len(vectors), -1, -1), ctx)
+        return self.algorithm.precondition(self.state, side, eye.expand(len(vectors), -1, -1), ctx)
 
 
 class timed:  # noqa: N801  reads as a function
@@ -391,7 +391,7 @@ class ObservedLayer:
                 name: self.factors.get(f"{side}_{name}", reference.state[f"{side}_{name}"])
                 for name in ("factor", "updates")
             }
-            for name, tensor in reference.algorithm._updated_factor(old, own).items():
+            for name, tensor in reference.algorithm.updated_factor(old, own).items():
                 self.factors[f"{side}_{name}"] = tensor
 
 

@@ -37,11 +37,10 @@ def leading_eigenpairs(
         values, vectors = eigh(a_NN)
         return vectors.flip(-1)[..., :rank], values.flip(-1)[..., :rank].clamp(min=0)
     unit = largest_entry(a_NN)
-    scaled = a_NN / unit
-    basis = orthonormal(scaled @ gaussian(size, width, seed=seed, like=a_NN))
+    basis = orthonormal(a_NN @ gaussian(size, width, seed=seed, like=a_NN) / unit)
     for _ in range(power_iterations):
-        basis = orthonormal(scaled @ basis)
-    product = scaled @ basis
+        basis = orthonormal(a_NN @ basis / unit)
+    product = a_NN @ basis / unit
     if method == "rsvd":
         vectors, values, _ = thin_svd(product)
     else:
@@ -59,6 +58,9 @@ def gaussian(rows: int, columns: int, *, seed: int, like: Tensor) -> Tensor:
 
 
 def largest_entry(a_NN: Tensor) -> Tensor:
-    """Largest absolute entry ``[..., 1, 1]``, one for zero matrices: a unit to compute in."""
-    peak = a_NN.abs().amax((-2, -1), keepdim=True)
+    """Largest entry ``[..., 1, 1]``, one for zero matrices: a unit to compute in.
+
+    It lies on the diagonal of a positive semidefinite matrix.
+    """
+    peak = a_NN.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     return torch.where(peak > 0, peak, torch.ones_like(peak))

@@ -471,13 +471,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _gradient_norms(
         self, gradients: Mapping[int, Tensor], alone: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
-        """Norm of each gradient in float32, by index; nothing where nobody asks for it."""
+        """Norm of each gradient in the state dtype, by index; nothing where nobody asks for it."""
         limit = self.recipe.stages.max_grad_norm
         if not gradients or not (self.recipe.numerics.skip_nonfinite or limit is not None):
             return {}
         found = torch._foreach_norm(list(gradients.values()))
         norms = dict(zip(gradients, found, strict=True)) | dict(alone)
-        return {index: norm.to(self._device).float() for index, norm in norms.items()}
+        dtype = self.recipe.numerics.dtype
+        return {index: norm.to(self._device, dtype) for index, norm in norms.items()}
 
     def _clip_gradients(
         self,

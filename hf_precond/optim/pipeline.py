@@ -249,7 +249,8 @@ def _clip(
 
 def _step_product(cohort: Cohort, rates: Mapping[int, float | Tensor]) -> Tensor:
     """lr^2 <direction, gradient> summed over a cohort: twice the change of the model's outputs."""
-    lr = torch.stack([torch.as_tensor(rates[slot.param]) for slot in cohort.slots])
+    dtype = cohort.direction.dtype
+    lr = torch.stack([torch.as_tensor(rates[slot.param], dtype=dtype) for slot in cohort.slots])
     sizes = torch.tensor([slot.stop - slot.start for slot in cohort.slots])
     inner = (cohort.direction * cohort.gradient).sum((-2, -1))
     return (inner * lr.to(inner).repeat_interleave(sizes.to(inner.device)).square()).sum()

@@ -77,6 +77,11 @@ class BrandKFac(RandomizedKFac):
                 f"form_gradient = False is not allowed with application = {self.application!r}: "
                 "use application = 'linear'"
             )
+        if not self.form_gradient and self.weight_sharing == "reduce":
+            raise ValueError(
+                "form_gradient = False is not allowed with weight_sharing = 'reduce': the reduced "
+                "columns do not make the gradient; use weight_sharing = 'expand'"
+            )
 
     @property
     def layer_needs(self) -> LayerNeeds:
@@ -123,8 +128,8 @@ class BrandKFac(RandomizedKFac):
             gradient = columns.gradient() * columns.clip if columns.alone else g_GMB
             return RandomizedKFac.apply(self, state, gradient, ctx)
         clip = columns.clip if columns.alone else _clip_factor(g_GMB, inputs, outputs)
-        left = self._inverse(state, "output", outputs.mT * clip, ctx)
-        right = self._inverse(state, "input", inputs.mT, ctx)
+        left = self.precondition(state, "output", outputs.mT * clip, ctx)
+        right = self.precondition(state, "input", inputs.mT, ctx)
         return left @ right.mT
 
     def _is_brand(self, size: int) -> bool:
@@ -148,7 +153,7 @@ class BrandKFac(RandomizedKFac):
         changed: State = {}
         kept = self._has_factor(size) and ctx.due(self.update_interval, refreshes=False)
         if kept and columns is not None:
-            changed = self._updated_factor(side, columns)
+            changed = self.updated_factor(side, columns)
         before = form = {name: side[name] for name in _FORM}
         form = form | self._overwritten(form, side, changed, ctx)
         if columns is not None and ctx.due(self.brand_interval) and self._adds_columns(ctx):

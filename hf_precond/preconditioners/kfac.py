@@ -41,7 +41,7 @@ class KFac(Kronecker):
     def _update_side(self, side: State, columns: Tensor | None, ctx: StepContext) -> State:
         changed: State = {}
         if columns is not None and ctx.due(self.update_interval, refreshes=False):
-            changed = self._updated_factor(side, columns)
+            changed = self.updated_factor(side, columns)
         if ctx.due(self.inverse_interval):
             values, vectors = eigh(changed.get("factor", side["factor"]))
             changed["values"] = values.flip(-1).clamp(min=0)

@@ -130,8 +130,8 @@ class Kronecker:
             state[name].copy_(tensor)
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
-        left = self._inverse(state, "output", g_GMB, ctx)
-        return self._inverse(state, "input", left.mT, ctx).mT
+        left = self.precondition(state, "output", g_GMB, ctx)
+        return self.precondition(state, "input", left.mT, ctx).mT
 
     # -- what members decide --
 
@@ -153,15 +153,15 @@ class Kronecker:
 
     # -- shared steps --
 
-    def _updated_factor(self, side: State, columns: Tensor) -> State:
+    def updated_factor(self, side: State, columns: Tensor) -> State:
         """Takes columns into the running average; the first ones make the whole of it."""
         first = (side["updates"] == 0).to(columns.dtype)[:, None, None]
         decay = self.factor_decay * (1 - first)
         weighted = columns * (first + (1 - first) * (1 - self.factor_decay))
-        factor = torch.baddbmm(side["factor"] * decay, weighted.mT, columns)
+        factor = (side["factor"] * decay).baddbmm_(weighted.mT, columns)
         return {"factor": factor, "updates": side["updates"] + 1}
 
-    def _inverse(self, state: State, side: str, x_GNL: Tensor, ctx: StepContext) -> Tensor:
+    def precondition(self, state: State, side: str, x_GNL: Tensor, ctx: StepContext) -> Tensor:
         """(U D U^T + lam I)^(-1) x, with the spectrum continued; x itself where D = 0."""
         vectors, values = state[f"{side}_vectors"], state[f"{side}_values"]
         largest = values[:, 0]
@@ -180,8 +180,14 @@ class Kronecker:
         outer = 1 / shift
         weights = (1 / (values + shift) - outer) * alive.unsqueeze(-1)
         outside = torch.where(alive.unsqueeze(-1), outer, torch.ones_like(outer)).unsqueeze(-1)
-        inside = weights.unsqueeze(-1) * (vectors.mT @ x_GNL)
-        return torch.baddbmm(x_GNL * outside, vectors, inside)
+        # In place, and through the transpose where that is the one without gaps in memory: copies
+        # of x are what an application costs beside its products.
+        scaled = x_GNL * outside
+        if scaled.mT.is_contiguous():
+            scaled.mT.baddbmm_((x_GNL.mT @ vectors) * weights.unsqueeze(-2), vectors.mT)
+        else:
+            scaled.baddbmm_(vectors, weights.unsqueeze(-1) * (vectors.mT @ x_GNL))
+        return scaled
 
 
 def widened(vectors: Tensor, values: Tensor, width: int) -> State:

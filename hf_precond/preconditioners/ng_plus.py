@@ -213,7 +213,9 @@ class NgPlus:
         count, size = own.shape[1:]
         lengths = torch.linalg.vector_norm(self._sampled(other, ctx.step), dim=-1, keepdim=True)
         columns = torch.zeros_like(state["columns"])
-        columns[..., :count] = (own * lengths * count**0.5).mT
+        # Padded positions are no samples.
+        alive = ((own != 0).any(-1) | (other != 0).any(-1)).sum(-1)[:, None, None]
+        columns[..., :count] = (own * lengths * alive.to(own.dtype).sqrt()).mT
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * ctx.step)
         rows = self.sketch_rows if self.solver == "sketched" else None
         picks = drawn_without_replacement(size, rows, generator, own.device)

@@ -81,7 +81,7 @@ class RandomizedKFac(Kronecker):
     def _update_side(self, side: State, columns: Tensor | None, ctx: StepContext) -> State:
         changed: State = {}
         if columns is not None and ctx.due(self.update_interval, refreshes=False):
-            changed = self._updated_factor(side, columns)
+            changed = self.updated_factor(side, columns)
         if ctx.due(self.inverse_interval):
             factor = changed.get("factor", side["factor"])
             changed |= self._decomposed(factor, side, ctx)

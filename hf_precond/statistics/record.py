@@ -15,6 +15,9 @@ from hf_precond.statistics.layers import LayerKind
 from hf_precond.statistics.sampling import Reservoir
 from hf_precond.views.positions import WeightLayout
 
+# Sums below this many units in the last place of their terms are rounding.
+_ROUNDING = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
@@ -154,7 +157,7 @@ class Record:
             self._reduced |= inputs.shape[1] > 1
             count = ones.sum(1, keepdim=True)
             inputs = inputs.sum(1, keepdim=True) / count.clamp(min=1).unsqueeze(-1)
-            outputs = outputs.sum(1, keepdim=True)
+            outputs = _summed(outputs)
             ones = (count > 0).to(ones.dtype)
         self._add([inputs, outputs, ones], may_be_padded=True)
 
@@ -172,6 +175,17 @@ class Record:
         limit = unit_limit(self._options.max_columns, length, self._options.by_sample)
         limit = None if limit is None else max(1, limit // exchange.world_size())
         self._kept.add([with_length(part, length) for part in rows], limit, valid)
+
+
+def _summed(outputs: Tensor) -> Tensor:
+    """Sum over positions, ``[N, 1, F]``; what is left of terms that cancel is zero.
+
+    A bias of attention keys, for one, moves nothing: its gradients add up to rounding, which a
+    factor of K-FAC would take for a direction, the more so as its damping is relative.
+    """
+    total = outputs.sum(1, keepdim=True)
+    noise = _ROUNDING * torch.finfo(outputs.dtype).eps * outputs.abs().sum(1, keepdim=True)
+    return torch.where(total.abs() > noise, total, 0.0)
 
 
 def unit_limit(max_columns: int | None, length: int, by_sample: bool) -> int | None:

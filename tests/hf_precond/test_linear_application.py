@@ -159,6 +159,7 @@ def test_a_nan_leaves_the_step_of_its_layer_out() -> None:
         ({**ALONE, "clip_mode": "kl"}, "clip_mode = 'kl'"),
         ({**LINEAR, "momentum_site": "gradient"}, "momentum_site"),
         ({"max_columns": None}, "max_columns"),
+        ({**ALONE, "weight_sharing": "reduce"}, "weight_sharing"),
     ],
     ids=str,
 )

@@ -47,8 +47,10 @@ class ReferenceColumns:
         return [n * g.T @ a for a, g in zip(self.inputs, self.outputs, strict=True)]
 
     def positions_as_samples(self) -> ReferenceColumns:
-        """N S samples of one position each."""
+        """All positions that are not padded, as samples of one position each."""
         inputs, outputs = (x.T.unsqueeze(1) for x in self.flat)
+        seen = inputs.flatten(1).any(1) | outputs.flatten(1).any(1)
+        inputs, outputs = inputs[seen], outputs[seen]
         return ReferenceColumns(inputs=inputs, outputs=outputs, complete=self.complete)
 
 
