@@ -14,6 +14,7 @@ from hf_precond import PreconditionedOptimizer, create_optimizer, resolve
 from tests.driving import assert_apart, assert_near
 
 OPTIONS: dict[str, Any] = {
+    "damping": 0.1,
     "rank": 4,
     "max_columns": 16,
     "factor_form": "brand",

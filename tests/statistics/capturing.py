@@ -17,6 +17,7 @@ STEP = 1
 PLAIN: dict[str, Any] = {
     "graft": "none",
     "momentum": "none",
+    "damping": 0.1,
     "update_interval": 1,
     "inverse_interval": 1,
     "state_dtype": "float64",
