@@ -118,7 +118,7 @@ def split_into_cohorts(
     for slot in bank.bucket.slots:
         if all(index in gradients for index in slot.params):
             columns = columns_of(slot, gradients) if columns_of else None
-            seen = None if columns is None else columns.inputs.shape[1:3]
+            seen = None if columns is None else columns.kind
             alike[steps[slot.param] + 1, seen].append((slot, columns))
     for (step, _), members in alike.items():
         slots = [slot for slot, _ in members]

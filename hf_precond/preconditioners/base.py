@@ -71,6 +71,12 @@ class Columns:
     alone: bool = False
     clip: float | Tensor = 1.0
 
+    @property
+    def kind(self) -> tuple[int, int, bool, bool]:
+        """What columns must have in common to be stacked."""
+        samples, positions = self.inputs.shape[1:3]
+        return samples, positions, self.complete, self.alone
+
     def flat(self) -> tuple[Tensor, Tensor]:
         """Returns inputs ``[G, N*S, B]`` and outputs ``[G, N*S, M]``, positions as rows."""
         return self.inputs.flatten(1, 2), self.outputs.flatten(1, 2)
@@ -86,7 +92,7 @@ class Columns:
 
     @staticmethod
     def stack(parts: Sequence[Columns]) -> Columns:
-        """Stacks columns of equal shapes over their groups."""
+        """Stacks columns of one kind over their groups."""
         if len(parts) == 1:
             return parts[0]
         return replace(

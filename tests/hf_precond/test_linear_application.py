@@ -95,6 +95,27 @@ def test_more_columns_than_width_fall_back_to_the_gradient() -> None:
     assert_same(run(**ALONE), run())
 
 
+def test_layers_of_one_shape_need_not_all_have_gradients() -> None:
+    """The first layer's gradient is formed; it is stacked with layers whose gradients are not."""
+
+    def run(**options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(24, 24) for _ in range(3)]
+        model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(24, 3)).double()
+        optimizer = create_optimizer(model, "b_kfac", **{**OPTIONS, "lr": 0.01, **options})
+        rng = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            x = torch.randn(8, 24, generator=rng, dtype=torch.float64)
+            optimizer.zero_grad()
+            (model(x) - x[:, :3]).square().mean().backward()
+            optimizer.step()
+        return [param.detach() for param in model.parameters()]
+
+    expected = run()
+    assert_same(run(**LINEAR), expected)
+    assert_same(run(**ALONE), expected)
+
+
 def test_gradients_are_not_formed() -> None:
     model = net()
     optimizer = create_optimizer(model, "b_kfac", **OPTIONS, **ALONE)
