@@ -296,6 +296,38 @@ def test_loss_scaling_changes_nothing(name: str) -> None:
     assert_bit_equal(*weights, "weight")
 
 
+def test_max_grad_norm_is_torchs_clipping(name: str) -> None:
+    limit = 2.0
+    own, torchs = mixed(name, max_grad_norm=limit), mixed(name)
+    run(own, range(1, 5))
+    for step in range(1, 5):
+        for param, grad in zip(
+            params_of(torchs), random_grads(params_of(torchs), step), strict=True
+        ):
+            param.grad = grad.clone()
+        nn.utils.clip_grad_norm_(params_of(torchs), limit)
+        torchs.step()
+    assert_same(params_of(own), params_of(torchs), TOLERANCE)
+
+
+@pytest.mark.parametrize("value", [1e-3, 0.07])
+def test_a_clipped_update_has_at_most_its_root_mean_square(name: str, value: float) -> None:
+    """Of matrices; what follows the fallback is not clipped."""
+    lr = 0.5
+    stages = {"momentum": "none", "rotated_momentum": False, "start_step": 1}
+    optimizer = mixed(name, lr=lr, clip_mode="update_rms", clip_value=value, **stages)
+    before = [param.detach().clone() for param in params_of(optimizer)]
+    clipped = 0
+    for step in range(1, 4):
+        after = run(optimizer, [step])
+        moves = [a - b for a, b in zip(after, before, strict=True) if a.ndim > 1]
+        before = after
+        sizes = [move.square().mean().sqrt().item() / lr for move in moves]
+        assert max(sizes) <= value * (1 + 1e-9)
+        clipped += sum(size > value * (1 - 1e-6) for size in sizes)
+    assert clipped
+
+
 def test_accumulation_equals_one_batch_of_twice_the_size(name: str) -> None:
     twice, one = (train(name, Mlp(), chunks=chunks)[0] for chunks in (2, 1))
     assert_same(twice, one, SUMMATION_TOLERANCE)
