@@ -20,6 +20,7 @@ from transformers.trainer_utils import check_target_module_exists
 from hf_precond import explain
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
+from hf_precond.preconditioners.base import layer_needs
 from hf_precond.registry import assign_layers, option_specs, resolve
 from hf_precond.views.rules import (
     Assignment,
@@ -156,8 +157,8 @@ def optimizer_cls_and_kwargs(
     """Returns the class and keyword arguments that the Trainer builds the optimizer from.
 
     Raises:
-        ValueError: no model, a bad ``optim_args``, DeepSpeed or FSDP version 1, or no target module
-            that matches.
+        ValueError: no model, a bad ``optim_args``, DeepSpeed or FSDP version 1, several GPUs in one
+            process for a method that looks inside the layers, or no target module that matches.
     """
     name = str(getattr(args.optim, "value", args.optim))
     if model is None:
@@ -169,6 +170,13 @@ def optimizer_cls_and_kwargs(
         raise ValueError(_flat_message("DeepSpeed"))
     check_not_flat(model)
     recipe = resolve(name, options_from(args, name))
+    # More than one GPU in one process: the Trainer wraps the model in nn.DataParallel.
+    if layer_needs(recipe.algorithm) is not None and args.n_gpu > 1:
+        raise ValueError(
+            f"optim={name!r} looks inside the layers, which nn.DataParallel copies for each of "
+            f"{args.n_gpu} GPUs: start one process per GPU (torchrun, accelerate launch), or show "
+            "it one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
     targets = target_rules(args.optim_target_modules)
     layout = make_layout(model, recipe, extra_rules=targets)
     if targets and not any(views for _, views, _ in layout.entries.values()):

@@ -157,3 +157,12 @@ def test_image_models_train(name: str, kind: str, tmp_path: Path) -> None:
     finished.train()
     assert missing(finished) == 0
     assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, optim="kfac", optim_args="update_interval=2")
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"nn\.DataParallel.*torchrun"):
+        Trainer.get_optimizer_cls_and_kwargs(args, tiny_gpt2())
+    args.optim, args.optim_args = "shampoo", None
+    Trainer.get_optimizer_cls_and_kwargs(args, tiny_gpt2())
