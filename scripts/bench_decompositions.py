@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,10 @@ from hf_precond.linalg.svd import thin_svd
 from trainer_ext.arguments import parse_optim_args
 from trainer_ext.build import build_optimizer
 from trainer_ext.data.presets import PRESETS, override_config, preset_config
-from trainer_ext.provenance import git_revision, hardware, package_versions
+from trainer_ext.provenance import provenance
+from trainer_ext.reports import write_json
+from trainer_ext.timing import Cell, now, time_cells
 
-GROWTH = 10.0  # of a method's time per doubling of the width: 8 for N^3, and some for caches
 WARM_UP_WIDTH = 16
 INTERVALS = ("projection_interval", "inverse_interval", "basis_interval", "root_interval")
 
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [cell.as_row() for cell in time_widths(args, device)]
         print(format_widths(rows, args.max_seconds))
     if args.output is not None:
-        write_part(args.output, part, {**provenance(args, device), "rows": rows})
+        content = {**provenance(__file__, args), "seed": args.seed, "device": str(device)}
+        write_part(args.output, part, {**content, "rows": rows})
     return 0
 
 
@@ -101,13 +102,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) < low:
             parser.error(f"--{name} {getattr(args, name)} is not allowed: it must be >= {low}")
     return args
-
-
-def now(device: torch.device) -> float:
-    """Wall time after the device has finished what was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # --- decompositions by width ----------------------------------------------------------------------
@@ -167,52 +161,35 @@ WORDS: Mapping[str, str] = {
 
 
 @dataclass(kw_only=True)
-class Cell:
-    """One method at one width.
+class CallCell(Cell):
+    """Calls of one method at one width.
 
     Attributes:
-        estimate_s: of one call, from the width before; none at the first width.
         calls_s: the times; none where the estimate was above the budget.
     """
 
-    method: str
-    width: int
-    estimate_s: float | None
     calls_s: list[float] = field(default_factory=list)
 
-    def has_time(self, max_seconds: float) -> bool:
-        """Whether one more call is expected to stay within the budget."""
-        if self.calls_s:
-            return sum(self.calls_s) + self.calls_s[-1] <= max_seconds
-        return self.estimate_s is None or self.estimate_s <= max_seconds
+    @property
+    def rounds_s(self) -> Sequence[float]:
+        """Seconds of each call so far."""
+        return self.calls_s
 
     def as_row(self) -> dict[str, Any]:
         """The cell in milliseconds, as plain data."""
         return {
-            "method": self.method,
-            "width": self.width,
-            "left_out": not self.calls_s,
-            "estimate_ms": None if self.estimate_s is None else 1e3 * self.estimate_s,
+            **super().as_row(),
             "median_ms": 1e3 * statistics.median(self.calls_s) if self.calls_s else None,
             "calls_ms": [1e3 * seconds for seconds in self.calls_s],
         }
 
 
-def time_widths(args: argparse.Namespace, device: torch.device) -> list[Cell]:
+def time_widths(args: argparse.Namespace, device: torch.device) -> list[CallCell]:
     """All cells, width by width."""
     call_all(args.methods, Inputs.draw(WARM_UP_WIDTH, args.seed, device))
-    cells: list[Cell] = []
-    last: dict[str, Cell] = {}
-    for width in sorted(set(args.widths)):
-        row = [
-            Cell(method=method, width=width, estimate_s=estimate(last.get(method), width))
-            for method in args.methods
-        ]
-        time_row(row, args, device)
-        last |= {cell.method: cell for cell in row if cell.calls_s}
-        cells += row
-        print(f"width {width} done", file=sys.stderr)
-    return cells
+    return time_cells(
+        CallCell, args.methods, args.widths, partial(time_row, args=args, device=device)
+    )
 
 
 def call_all(methods: Sequence[str], inputs: Inputs) -> None:
@@ -221,14 +198,7 @@ def call_all(methods: Sequence[str], inputs: Inputs) -> None:
         METHODS[method](inputs)
 
 
-def estimate(last: Cell | None, width: int) -> float | None:
-    """Seconds of one call, from the last width at which the method ran."""
-    if last is None:
-        return None
-    return statistics.median(last.calls_s) * GROWTH ** math.log2(width / last.width)
-
-
-def time_row(row: Sequence[Cell], args: argparse.Namespace, device: torch.device) -> None:
+def time_row(row: Sequence[CallCell], args: argparse.Namespace, device: torch.device) -> None:
     """Calls the methods of one width in turn, as often as asked and as the budget allows."""
     if not any(cell.has_time(args.max_seconds) for cell in row):
         return
@@ -394,33 +364,10 @@ def format_steps(rows: Sequence[Mapping[str, Any]]) -> str:
 # --- the file -------------------------------------------------------------------------------------
 
 
-def provenance(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Everything needed to repeat the run."""
-    return {
-        "command": "scripts/bench_decompositions.py " + " ".join(shown(args)),
-        "git_revision": git_revision(Path(__file__).parent),
-        "seed": args.seed,
-        "device": str(device),
-        "packages": package_versions(),
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def shown(args: argparse.Namespace) -> list[str]:
-    """The options that repeat the run."""
-    parts = []
-    for key, value in vars(args).items():
-        if value not in (None, "") and key != "output":
-            parts += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return parts
-
-
 def write_part(path: Path, part: str, content: Mapping[str, Any]) -> None:
     """Replaces one part of the JSON file and keeps the other."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, part: content}, indent=1) + "\n")
+    write_json(path, {**known, part: content})
 
 
 if __name__ == "__main__":

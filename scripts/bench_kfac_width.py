@@ -21,13 +21,12 @@ widths.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,9 @@ from hf_precond import option_specs, resolve
 from hf_precond.linalg.precision import highest_matmul_precision
 from hf_precond.preconditioners.base import Columns, State, StepContext
 from hf_precond.preconditioners.kronecker import SIDES, Kronecker
-from trainer_ext.provenance import git_revision, hardware, package_versions
+from trainer_ext.provenance import provenance
+from trainer_ext.reports import show_report
+from trainer_ext.timing import Cell, now, time_cells
 
 LINEAR = "b_kfac_linear"
 METHODS: Mapping[str, str] = {
@@ -59,45 +60,32 @@ PARTS: Mapping[str, str] = {
 }
 INTERVALS = ("update_interval", "inverse_interval", "brand_interval")
 WARM_UP_WIDTH = 192
-# Per doubling of the width: 2^3, and a little for larger matrices.
-GROWTH = 10.0
 SHARE_FITTED = 0.5
 LINEAR_ONLY = ("columns", "product", "without_product")
 
 
 @dataclass(kw_only=True)
-class Cell:
-    """One method at one width.
+class StepCell(Cell):
+    """Steps of one method at one width.
 
     Attributes:
-        estimate_s: of one step, from the width before; none at the first width.
         times_s: part -> seconds of each round; empty where the estimate was above the budget.
     """
 
-    method: str
-    width: int
-    estimate_s: float | None
     times_s: dict[str, list[float]] = field(default_factory=dict)
 
-    def has_time(self, max_seconds: float) -> bool:
-        """Whether one more round is expected to stay within the budget of a cell."""
-        if self.times_s:
-            total = self.times_s["total"]
-            return sum(total) + total[-1] <= max_seconds
-        return self.estimate_s is None or self.estimate_s <= max_seconds
-
-    def median(self, part: str) -> float:
-        """Median seconds of a part."""
-        return statistics.median(self.times_s[part])
+    @property
+    def rounds_s(self) -> Sequence[float]:
+        """Seconds of each step so far."""
+        return self.times_s.get("total", ())
 
     def as_row(self) -> dict[str, Any]:
         """The cell in milliseconds, as plain data."""
         return {
-            "method": self.method,
-            "width": self.width,
-            "left_out": not self.times_s,
-            "estimate_ms": None if self.estimate_s is None else 1e3 * self.estimate_s,
-            "median_ms": {part: 1e3 * self.median(part) for part in self.times_s},
+            **super().as_row(),
+            "median_ms": {
+                part: 1e3 * statistics.median(times) for part, times in self.times_s.items()
+            },
             "rounds_ms": {
                 part: [round(1e3 * seconds, 4) for seconds in times]
                 for part, times in self.times_s.items()
@@ -112,15 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad(), highest_matmul_precision():
         rows = [cell.as_row() for cell in time_widths(args, device)]
     result = report(rows, args, device)
-    text = format_report(result)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        json_path, markdown, image = (Path(f"{args.output}.{end}") for end in ("json", "md", "png"))
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
-        markdown.write_text(text + "\n", encoding="utf-8")
-        plot(rows, image)
-        print(f"\nwritten: {json_path}, {markdown}, {image}")
+    show_report(result, format_report(result), plot, args.output)
     return 0
 
 
@@ -157,13 +137,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"of --widths, {min(args.widths)}: B-KFAC has no form of its own there"
         )
     return args
-
-
-def now(device: torch.device) -> float:
-    """Wall time after the device has finished what was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # --- one method at one width ----------------------------------------------------------------------
@@ -260,34 +233,18 @@ class Layer:
 # --- all cells ------------------------------------------------------------------------------------
 
 
-def time_widths(args: argparse.Namespace, device: torch.device) -> list[Cell]:
+def time_widths(args: argparse.Namespace, device: torch.device) -> list[StepCell]:
     """All cells, width by width."""
     warm_up = max(WARM_UP_WIDTH, args.columns + args.rank + 1)
     for method in args.methods:
         layer = Layer(method, warm_up, args, device)
         layer.step(Inputs.draw(warm_up, args.columns, args.seed, device))
-    cells: list[Cell] = []
-    last: dict[str, Cell] = {}
-    for width in sorted(set(args.widths)):
-        row = [
-            Cell(method=method, width=width, estimate_s=estimate(last.get(method), width))
-            for method in args.methods
-        ]
-        time_row(row, args, device)
-        last |= {cell.method: cell for cell in row if cell.times_s}
-        cells += row
-        print(f"width {width} done", file=sys.stderr)
-    return cells
+    return time_cells(
+        StepCell, args.methods, args.widths, partial(time_row, args=args, device=device)
+    )
 
 
-def estimate(last: Cell | None, width: int) -> float | None:
-    """Seconds of one step, from the last width at which the method ran."""
-    if last is None:
-        return None
-    return last.median("total") * GROWTH ** math.log2(width / last.width)
-
-
-def time_row(row: Sequence[Cell], args: argparse.Namespace, device: torch.device) -> None:
+def time_row(row: Sequence[StepCell], args: argparse.Namespace, device: torch.device) -> None:
     """Runs the methods of one width in turn, as often as asked and as the budget allows."""
     layers = {
         cell.method: Layer(cell.method, cell.width, args, device)
@@ -331,12 +288,8 @@ def report(
         for method in args.methods
     }
     return {
-        "command": "scripts/bench_kfac_width.py " + " ".join(shown(args)),
-        "git_revision": git_revision(Path(__file__).parent),
+        **provenance(__file__, args),
         "device": str(device),
-        "packages": package_versions(),
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
         "columns": args.columns,
         "rank": args.rank,
         "max_seconds": args.max_seconds,
@@ -356,15 +309,6 @@ def timed_widths(
     """The widths at which a method ran, and the median milliseconds of a part there."""
     own = [row for row in rows if row["method"] == method and not row["left_out"]]
     return [row["width"] for row in own], [row["median_ms"][part] for row in own]
-
-
-def shown(args: argparse.Namespace) -> list[str]:
-    """The options that repeat the run."""
-    parts = []
-    for key, value in vars(args).items():
-        if value is not None and key != "output":
-            parts += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return parts
 
 
 def format_report(result: Mapping[str, Any]) -> str:
@@ -413,7 +357,7 @@ def format_cell(row: Mapping[str, Any], part: str, most: int) -> str:
     return f"{row['median_ms'][part]:.4g}" + (f" ({rounds})" if rounds < most else "")
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot(result: Mapping[str, Any], path: Path) -> None:
     """Draws refresh, application and total over the width, both logarithmic, as a PNG file."""
     import matplotlib
 
@@ -421,6 +365,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
+    rows = result["rows"]
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained", sharey=True)
     for axes, part in zip(panels, ("refresh", "application", "total"), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):

@@ -14,10 +14,8 @@ bandwidth.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +32,9 @@ from hf_precond.preconditioners.shared_basis import SharedBasis
 from trainer_ext.arguments import parse_optim_args
 from trainer_ext.build import build_optimizer
 from trainer_ext.data.presets import PRESETS, override_config, preset_config
-from trainer_ext.provenance import git_revision, hardware, package_versions
+from trainer_ext.provenance import provenance
+from trainer_ext.reports import write_json
+from trainer_ext.timing import now
 
 BASELINE = "adamw_fused"
 
@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report(contenders, args, device)
     print(format_report(result))
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.output, result)
     return 0
 
 
@@ -159,13 +158,6 @@ def run_cycle(
     if keep:
         contender.forward_backward_s.append(forward_backward / steps)
         contender.optimizer_s.append(optimizer / steps)
-
-
-def now(device: torch.device) -> float:
-    """Wall time after the device has finished what was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # --- the floor ------------------------------------------------------------------------------------
@@ -276,15 +268,11 @@ def report(
             row["state_bytes"] = state_bytes(contender.optimizer)
         rows.append(row)
     return {
-        "command": "scripts/bench_step.py " + " ".join(shown(args)),
-        "git_revision": git_revision(Path(__file__).parent),
+        **provenance(__file__, args),
         "tokens_per_step": args.batch_size * args.block_size,
         "forward_backward_ms": 1e3 * compute,
         "measured_rates": rates,
         "rows": rows,
-        "packages": package_versions(),
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -296,15 +284,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for tensor in state.values()
         if tensor.ndim
     )
-
-
-def shown(args: argparse.Namespace) -> list[str]:
-    """The options that repeat the run."""
-    parts = []
-    for key, value in vars(args).items():
-        if value and key != "output":
-            parts += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return parts
 
 
 def format_report(result: dict[str, Any]) -> str:

@@ -25,10 +25,8 @@ Without --variants they are those of Table 1 there, its intervals 10, 50 and 300
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -67,7 +65,9 @@ from trainer_ext.data.vision_presets import (
     name_labels,
     vision_preset_config,
 )
-from trainer_ext.provenance import git_revision, hardware, package_versions
+from trainer_ext.provenance import provenance
+from trainer_ext.reports import show_report
+from trainer_ext.timing import now
 
 REFERENCE = "reference"
 # Intervals of Table 1 in units of the interval between updates of the factors.
@@ -91,15 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kfac_errors.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     result = report(runs, args, observer)
-    text = format_report(result)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        json_path, markdown, image = (Path(f"{args.output}.{end}") for end in ("json", "md", "png"))
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
-        markdown.write_text(text + "\n", encoding="utf-8")
-        plot(result, image)
-        print(f"\nwritten: {json_path}, {markdown}, {image}")
+    show_report(result, format_report(result), plot, args.output)
     return 0
 
 
@@ -307,13 +299,6 @@ class timed:  # noqa: N801  reads as a function
 
     def __exit__(self, *_: object) -> None:
         self._times.append(now(self._device) - self._start)
-
-
-def now(device: torch.device) -> float:
-    """Wall time after the device has finished what was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class ObservedLayer:
@@ -692,11 +677,7 @@ def report(runs: Sequence[Run], args: argparse.Namespace, observer: Observer) ->
         for number, layer, label in [key]
     ]
     return {
-        "command": "scripts/kfac_errors.py " + " ".join(shown(args)),
-        "git_revision": git_revision(Path(__file__).parent),
-        "packages": package_versions(),
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
+        **provenance(__file__, args),
         "device": args.device,
         "data": data_name(args),
         "layers": {name: list(shape) for name, shape in first.layers.items()},
@@ -728,21 +709,6 @@ def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
 def data_name(args: argparse.Namespace) -> str:
     """The data set by name: the folder's own, never a path of this machine."""
     return (args.data_dir and Path(args.data_dir).name) or args.dataset_name or SHAPES
-
-
-def shown(args: argparse.Namespace) -> list[str]:
-    """The options that repeat the run, the data's folder by its name."""
-    parts = []
-    for key, value in vars(args).items():
-        if value in (None, "", False) or key == "output":
-            continue
-        if key == "data_dir":
-            value = Path(value).name
-        if value is True:
-            parts.append(f"--{key}")
-        else:
-            parts += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return parts
 
 
 def format_report(result: Mapping[str, Any]) -> str:

@@ -17,11 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-import torch
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForImageClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,7 +29,6 @@ from transformers import (
 )
 
 import trainer_ext  # noqa: F401  registers the optimizers
-from trainer_ext.config_file import parse_config_and_command_line
 from trainer_ext.data.classification_metrics import ClassificationMetrics, predicted_classes
 from trainer_ext.data.images import (
     SHAPES,
@@ -42,7 +39,6 @@ from trainer_ext.data.images import (
     channel_statistics,
     load_images,
 )
-from trainer_ext.data.presets import override_config
 from trainer_ext.data.vision_presets import (
     VISION_PRESETS,
     fit_to_images,
@@ -50,14 +46,18 @@ from trainer_ext.data.vision_presets import (
     vision_preset_config,
 )
 from trainer_ext.training_script import (
+    ModelChoice,
+    check_minima,
     find_checkpoint,
+    new_trainer,
     one_line_errors,
+    overrides_option,
+    parse_training_arguments,
+    preset_option,
     save_results,
     summary,
     train_and_evaluate,
 )
-
-DEFAULT_PRESET = "vit-tiny"
 
 FIGURES = (
     ("validation loss", "eval_loss", ".4f"),
@@ -67,46 +67,13 @@ FIGURES = (
 
 
 @dataclass(kw_only=True)
-class ModelArguments:
-    """Which model: at most one of `preset`, `config_name` and `model_name_or_path`."""
+class ModelArguments(ModelChoice):
+    """Which model."""
 
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Train a named size from scratch: {', '.join(VISION_PRESETS)}. "
-            f"{DEFAULT_PRESET} when no model is named."
-        },
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": "Train from scratch by a config: a model type, a folder or a Hub name."},
-    )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Continue from the weights in a folder or on the Hub."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Changes to the config of a new model, as hidden_sizes=[64,32],depths=[1,1]."
-        },
-    )
+    DEFAULT_PRESET: ClassVar[str] = "vit-tiny"
 
-    def __post_init__(self) -> None:
-        named = {
-            name: getattr(self, name)
-            for name in ("preset", "config_name", "model_name_or_path")
-            if getattr(self, name) is not None
-        }
-        if len(named) > 1:
-            options = " and ".join(f"{name}={value!r}" for name, value in named.items())
-            raise ValueError(f"{options} exclude each other; give at most one")
-        if not named:
-            self.preset = DEFAULT_PRESET
-        if self.model_name_or_path is not None and self.config_overrides is not None:
-            raise ValueError(
-                f"config_overrides={self.config_overrides!r} would not fit the weights of "
-                f"model_name_or_path={self.model_name_or_path!r}; only new models take it"
-            )
+    preset: str | None = preset_option(VISION_PRESETS, DEFAULT_PRESET)
+    config_overrides: str | None = overrides_option("hidden_sizes=[64,32],depths=[1,1]")
 
 
 @dataclass(kw_only=True)
@@ -160,30 +127,19 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        minima = {
-            "image_size": 1,
-            "random_crop_padding": 0,
-            "max_train_samples": 1,
-            "max_eval_samples": 1,
-        }
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name}={value} must be at least {minimum}")
+        check_minima(
+            self,
+            image_size=1,
+            random_crop_padding=0,
+            max_train_samples=1,
+            max_eval_samples=1,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_config_and_command_line(
-        (ModelArguments, DataArguments, TrainingArguments),
-        argv,
-        defaults={
-            "do_train": True,
-            "do_eval": True,
-            # Pinning host memory helps copies to an accelerator only.
-            "dataloader_pin_memory": torch.accelerator.is_available(),
-        },
-        description=__doc__,
+    model_args, data_args, args = parse_training_arguments(
+        ModelArguments, DataArguments, argv, __doc__
     )
     with one_line_errors(__file__):
         if not args.do_train and not args.do_eval:
@@ -231,13 +187,11 @@ def build_trainer(
         )
     model = build_model(model_args, data, args.seed)
     train, validation = build_datasets(data, model.config, data_args, args.data_seed)
-    # Options of the optimizer are checked here, not after the first batch is read.
-    Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return Trainer(
-        model=model,
-        args=args,
-        train_dataset=train if args.do_train else None,
-        eval_dataset=validation,
+    return new_trainer(
+        model,
+        args,
+        train,
+        validation,
         compute_metrics=ClassificationMetrics(),
         preprocess_logits_for_metrics=predicted_classes,
         callbacks=[AugmentationEpochs(train)],
@@ -273,25 +227,17 @@ def load_config(model_args: ModelArguments, data: ImageData) -> PretrainedConfig
     Raises:
         ValueError: images that do not fit the pretrained model.
     """
-    if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-        for name in ("num_channels", "image_size"):
-            expected, found = getattr(config, name, None), getattr(data, name)
-            if expected is not None and expected != found:
-                raise ValueError(
-                    f"model_name_or_path={model_args.model_name_or_path!r} has {name}={expected}, "
-                    f"the images of {data.name!r} have {found}"
-                )
-        return config
-    if model_args.preset is not None:
-        config = vision_preset_config(model_args.preset)
-    elif model_args.config_name in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[model_args.config_name]()
-    else:
-        config = AutoConfig.from_pretrained(model_args.config_name)
-    if model_args.config_overrides:
-        override_config(config, model_args.config_overrides)
-    return fit_to_images(config, num_channels=data.num_channels, image_size=data.image_size)
+    config = model_args.load_config(vision_preset_config)
+    if model_args.model_name_or_path is None:
+        return fit_to_images(config, num_channels=data.num_channels, image_size=data.image_size)
+    for name in ("num_channels", "image_size"):
+        expected, found = getattr(config, name, None), getattr(data, name)
+        if expected is not None and expected != found:
+            raise ValueError(
+                f"model_name_or_path={model_args.model_name_or_path!r} has {name}={expected}, "
+                f"the images of {data.name!r} have {found}"
+            )
+    return config
 
 
 def build_datasets(

@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -33,21 +31,25 @@ from transformers import (
 )
 
 import trainer_ext  # noqa: F401  registers the optimizers
-from trainer_ext.config_file import parse_config_and_command_line
 from trainer_ext.data.corpus import STDLIB, Corpus, TextDataset, load_corpus
 from trainer_ext.data.metrics import LanguageModelMetrics, perplexity, sequence_statistics
 from trainer_ext.data.packing import collate_blocks, pack
-from trainer_ext.data.presets import PRESETS, override_config, preset_config
+from trainer_ext.data.presets import PRESETS, preset_config
 from trainer_ext.data.tokenizer import load_or_train_tokenizer
 from trainer_ext.training_script import (
+    ModelChoice,
+    check_minima,
     find_checkpoint,
+    new_trainer,
     one_line_errors,
+    overrides_option,
+    parse_training_arguments,
+    preset_option,
     save_results,
     summary,
     train_and_evaluate,
 )
 
-DEFAULT_PRESET = "gpt2-7m"
 MODEL_DTYPES = ("float32", "bfloat16", "auto")
 
 FIGURES = (
@@ -59,27 +61,13 @@ FIGURES = (
 
 
 @dataclass(kw_only=True)
-class ModelArguments:
-    """Which model: at most one of `preset`, `config_name` and `model_name_or_path`."""
+class ModelArguments(ModelChoice):
+    """Which model, in which dtype."""
 
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Train a named size from scratch: {', '.join(PRESETS)}. "
-            f"{DEFAULT_PRESET} when no model is named."
-        },
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": "Train from scratch by a config: a model type, a folder or a Hub name."},
-    )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Continue from the weights in a folder or on the Hub."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes to the config of a new model, as n_layer=2,n_head=4."},
-    )
+    DEFAULT_PRESET: ClassVar[str] = "gpt2-7m"
+
+    preset: str | None = preset_option(PRESETS, DEFAULT_PRESET)
+    config_overrides: str | None = overrides_option("n_layer=2,n_head=4")
     model_dtype: str = field(
         default="float32", metadata={"help": f"Dtype of the weights: {', '.join(MODEL_DTYPES)}."}
     )
@@ -88,24 +76,10 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        named = {
-            name: getattr(self, name)
-            for name in ("preset", "config_name", "model_name_or_path")
-            if getattr(self, name) is not None
-        }
-        if len(named) > 1:
-            options = " and ".join(f"{name}={value!r}" for name, value in named.items())
-            raise ValueError(f"{options} exclude each other; give at most one")
-        if not named:
-            self.preset = DEFAULT_PRESET
+        super().__post_init__()
         if self.model_dtype not in MODEL_DTYPES:
             raise ValueError(
                 f"model_dtype={self.model_dtype!r} must be one of {', '.join(MODEL_DTYPES)}"
-            )
-        if self.model_name_or_path is not None and self.config_overrides is not None:
-            raise ValueError(
-                f"config_overrides={self.config_overrides!r} would not fit the weights of "
-                f"model_name_or_path={self.model_name_or_path!r}; only new models take it"
             )
 
 
@@ -167,18 +141,15 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        minima = {
-            "block_size": 2,
-            "max_train_samples": 1,
-            "max_eval_samples": 1,
-            "tokenizer_train_rows": 1,
-            "shuffle_buffer_size": 0,
-            "preprocessing_num_workers": 1,
-        }
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name}={value} must be at least {minimum}")
+        check_minima(
+            self,
+            block_size=2,
+            max_train_samples=1,
+            max_eval_samples=1,
+            tokenizer_train_rows=1,
+            shuffle_buffer_size=0,
+            preprocessing_num_workers=1,
+        )
         if self.tokenizer_name is not None and self.vocab_size is not None:
             raise ValueError(
                 f"vocab_size={self.vocab_size} has no effect with "
@@ -188,16 +159,8 @@ class DataArguments:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_config_and_command_line(
-        (ModelArguments, DataArguments, TrainingArguments),
-        argv,
-        defaults={
-            "do_train": True,
-            "do_eval": True,
-            # Pinning host memory helps copies to an accelerator only.
-            "dataloader_pin_memory": torch.accelerator.is_available(),
-        },
-        description=__doc__,
+    model_args, data_args, args = parse_training_arguments(
+        ModelArguments, DataArguments, argv, __doc__
     )
     with one_line_errors(__file__):
         checkpoint = check_run(data_args, args)
@@ -250,38 +213,21 @@ def build_trainer(
         validation_split_percentage=data_args.validation_split_percentage,
         streaming=data_args.streaming,
     )
-    config = load_config(model_args)
+    config = model_args.load_config(preset_config)
     with args.main_process_first(desc="tokenizer and packing"):
         tokenizer = load_tokenizer(model_args, data_args, config, corpus)
         train, validation = pack_splits(corpus, tokenizer, data_args, args)
     model = build_model(model_args, data_args, config, tokenizer, args.seed)
-    # Options of the optimizer are checked here, not after the first batch is read.
-    Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return Trainer(
-        model=model,
-        args=args,
-        train_dataset=train if args.do_train else None,
-        eval_dataset=validation,
+    return new_trainer(
+        model,
+        args,
+        train,
+        validation,
         processing_class=tokenizer,
         data_collator=collate_blocks,
         compute_metrics=LanguageModelMetrics(),
         preprocess_logits_for_metrics=sequence_statistics,
     )
-
-
-def load_config(model_args: ModelArguments) -> PretrainedConfig:
-    """The model's configuration, with the overrides for a new model."""
-    if model_args.model_name_or_path is not None:
-        return AutoConfig.from_pretrained(model_args.model_name_or_path)
-    if model_args.preset is not None:
-        config = preset_config(model_args.preset)
-    elif model_args.config_name in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[model_args.config_name]()
-    else:
-        config = AutoConfig.from_pretrained(model_args.config_name)
-    if model_args.config_overrides:
-        override_config(config, model_args.config_overrides)
-    return config
 
 
 def load_tokenizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,36 @@ from typing import Any
 import torch
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def provenance(script: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything needed to repeat a run of `script`, a path in the folder scripts."""
+    return {
+        "command": f"scripts/{Path(script).name} {' '.join(shown_options(args))}",
+        "git_revision": git_revision(Path(script).parent),
+        "packages": package_versions(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def shown_options(args: argparse.Namespace) -> list[str]:
+    """The options that repeat the run but for `output`; the folder `data_dir` by its name only.
+
+    >>> shown_options(argparse.Namespace(lr=0.0, flip=True, layers=None, seeds=[0, 1]))
+    ['--lr', '0.0', '--flip', '--seeds', '0', '1']
+    """
+    parts = []
+    for key, value in vars(args).items():
+        if value is None or value is False or value == "" or key == "output":
+            continue
+        if key == "data_dir":
+            value = Path(value).name
+        if value is True:
+            parts.append(f"--{key}")
+        else:
+            parts += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return parts
 
 
 def git_revision(folder: Path) -> str:

@@ -1,18 +1,138 @@
-"""What training scripts share: resuming, running, saving and the closing lines."""
+"""What training scripts share: options of the model, resuming, running, saving, closing lines."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
-from transformers import Trainer, TrainingArguments
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
+
+from trainer_ext.config_file import parse_config_and_command_line
+from trainer_ext.data.presets import override_config
 
 Metrics = dict[str, float]
 Figure = tuple[str, str, str]
 """Label, name of the metric, format."""
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def preset_option(presets: Iterable[str], default: str) -> Any:
+    """The dataclass field `preset` with the names that a script has."""
+    names = ", ".join(presets)
+    text = f"Train a named size from scratch: {names}. {default} when no model is named."
+    return field(default=None, metadata={"help": text})
+
+
+def overrides_option(example: str) -> Any:
+    """The dataclass field `config_overrides` with an example for the models of a script."""
+    text = f"Changes to the config of a new model, as {example}."
+    return field(default=None, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class ModelChoice:
+    """Which model: at most one of `preset`, `config_name` and `model_name_or_path`.
+
+    A script's own dataclass gives `DEFAULT_PRESET`, and `preset` and `config_overrides` anew with
+    its own help.
+    """
+
+    DEFAULT_PRESET: ClassVar[str]
+
+    preset: str | None = None
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Train from scratch by a config: a model type, a folder or a Hub name."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Continue from the weights in a folder or on the Hub."}
+    )
+    config_overrides: str | None = None
+
+    def __post_init__(self) -> None:
+        named = {
+            name: getattr(self, name)
+            for name in ("preset", "config_name", "model_name_or_path")
+            if getattr(self, name) is not None
+        }
+        if len(named) > 1:
+            options = " and ".join(f"{name}={value!r}" for name, value in named.items())
+            raise ValueError(f"{options} exclude each other; give at most one")
+        if not named:
+            self.preset = self.DEFAULT_PRESET
+        if self.model_name_or_path is not None and self.config_overrides is not None:
+            raise ValueError(
+                f"config_overrides={self.config_overrides!r} would not fit the weights of "
+                f"model_name_or_path={self.model_name_or_path!r}; only new models take it"
+            )
+
+    def load_config(self, preset_config: Callable[[str], PretrainedConfig]) -> PretrainedConfig:
+        """The model's configuration, with the overrides for a new model.
+
+        Args:
+            preset_config: makes the configuration of a preset.
+
+        Raises:
+            ValueError: an unknown preset, or overrides that do not fit the configuration.
+        """
+        if self.model_name_or_path is not None:
+            return AutoConfig.from_pretrained(self.model_name_or_path)
+        if self.preset is not None:
+            config = preset_config(self.preset)
+        elif self.config_name in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[self.config_name]()
+        else:
+            config = AutoConfig.from_pretrained(self.config_name)
+        if self.config_overrides:
+            override_config(config, self.config_overrides)
+        return config
+
+
+def check_minima(options: Any, **minima: float) -> None:
+    """Checks fields of a dataclass that are set.
+
+    Raises:
+        ValueError: one is below its minimum.
+    """
+    for name, minimum in minima.items():
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def parse_training_arguments(
+    model_type: type[ModelChoice], data_type: type, argv: Sequence[str] | None, description: str
+) -> tuple[Any, ...]:
+    """Options of the model, the data and the Trainer, which trains and evaluates by default."""
+    return parse_config_and_command_line(
+        (model_type, data_type, TrainingArguments),
+        argv,
+        defaults={
+            "do_train": True,
+            "do_eval": True,
+            # Pinning host memory helps copies to an accelerator only.
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+        },
+        description=description,
+    )
+
+
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -43,6 +163,28 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if not Path(wanted).is_dir():
         raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder")
     return str(wanted)
+
+
+def new_trainer(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    train_dataset: Any,
+    eval_dataset: Any,
+    **options: Any,
+) -> Trainer:
+    """A Trainer whose optimizer's options are checked now, not after the first batch is read.
+
+    Raises:
+        ValueError: options of the optimizer that are wrong or do not fit the model.
+    """
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset if args.do_train else None,
+        eval_dataset=eval_dataset,
+        **options,
+    )
 
 
 def train_and_evaluate(

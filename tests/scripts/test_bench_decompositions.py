@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.scripts.conftest import load_script
+from trainer_ext.timing import estimate
 
 CPU = torch.device("cpu")
 TINY_MODEL = (
@@ -27,7 +28,7 @@ def script() -> ModuleType:
 
 
 def cell(script: ModuleType, width: int = 8, **fields: Any) -> Any:
-    return script.Cell(**{"method": "svd", "width": width, "estimate_s": None, **fields})
+    return script.CallCell(**{"method": "svd", "width": width, "estimate_s": None, **fields})
 
 
 # --- decompositions -------------------------------------------------------------------------------
@@ -58,9 +59,9 @@ def test_methods_compute_what_they_are_called(script: ModuleType) -> None:
 
 def test_times_grow_tenfold_per_doubling(script: ModuleType) -> None:
     last = cell(script, 256, calls_s=[1.0, 3.0, 2.0])
-    assert script.estimate(last, 512) == pytest.approx(20.0)
-    assert script.estimate(last, 1024) == pytest.approx(200.0)
-    assert script.estimate(None, 1024) is None
+    assert estimate(last, 512) == pytest.approx(20.0)
+    assert estimate(last, 1024) == pytest.approx(200.0)
+    assert estimate(None, 1024) is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.scripts.conftest import load_script
+from trainer_ext.timing import estimate
 
 CPU = torch.device("cpu")
 TINY = ("--columns", "4", "--rank", "3", "--oversampling", "2", "--device", "cpu")
@@ -23,7 +24,7 @@ def script() -> ModuleType:
 
 
 def cell(script: ModuleType, width: int = 16, **fields: Any) -> Any:
-    return script.Cell(**{"method": "kfac", "width": width, "estimate_s": None, **fields})
+    return script.StepCell(**{"method": "kfac", "width": width, "estimate_s": None, **fields})
 
 
 def arguments(script: ModuleType, *options: str) -> Any:
@@ -45,8 +46,8 @@ def test_a_cell_stays_within_its_budget(script: ModuleType) -> None:
     assert cell(script, estimate_s=99.0, times_s={"total": [4.0]}).has_time(10.0)
     assert not cell(script, times_s={"total": [4.0, 4.0]}).has_time(10.0)
     last = cell(script, times_s={"total": [1.0, 3.0, 2.0]})
-    assert script.estimate(last, 32) == pytest.approx(20.0)
-    assert script.estimate(None, 32) is None
+    assert estimate(last, 32) == pytest.approx(20.0)
+    assert estimate(None, 32) is None
 
 
 def test_methods_are_the_algorithms_they_are_called(script: ModuleType) -> None:

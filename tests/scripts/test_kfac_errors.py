@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_precond.preconditioners.base import Columns, StepContext
 from tests.driving import random_matrices, random_rotation
 from tests.scripts.conftest import load_script
+from trainer_ext.provenance import shown_options
 
 TINY_DATA = ("--image_size", "4", "--max_train_samples", "40", "--batch_size", "10")
 TINY = (
@@ -256,7 +257,7 @@ def test_no_path_of_this_machine_is_written(script: ModuleType, tmp_path: Path) 
     folder = tmp_path / "images"
     args = arguments(script, "--data_dir", str(folder), "--output", str(tmp_path / "x"))
     assert script.data_name(args) == "images"
-    shown = " ".join(script.shown(args))
+    shown = " ".join(shown_options(args))
     assert "--data_dir images" in shown
     assert str(tmp_path) not in shown
 

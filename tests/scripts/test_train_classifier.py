@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,17 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from tests.scripts.conftest import load_script
+from tests.scripts.conftest import (
+    QUIET,
+    RESULT_FILES,
+    Train,
+    assert_refused,
+    load_script,
+    losses_in,
+    names_in,
+    same_weights,
+    weights_in,
+)
 from trainer_ext.config_file import read_yaml_mapping
-
-Train = Callable[..., dict[str, float]]
 
 TINY_VIT = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=16"
 TINY_RESNET = "hidden_sizes=[8,8],depths=[1,1],embedding_size=8"
 TINY = {
+    **QUIET,
     "preset": "mlp",
     "config_overrides": "hidden_sizes=[32,16]",
     "image_size": 16,
@@ -31,11 +38,7 @@ TINY = {
     "max_eval_samples": 50,
     "per_device_train_batch_size": 20,
     "per_device_eval_batch_size": 30,
-    "logging_steps": 1,
     "learning_rate": 3e-3,
-    "report_to": "none",
-    "disable_tqdm": "true",
-    "save_strategy": "no",
 }
 
 
@@ -57,35 +60,13 @@ def train(train_classifier: ModuleType, tmp_path: Path, monkeypatch: pytest.Monk
     return run
 
 
-def _losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def _weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model.safetensors")
-
-
-def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def test_run_learns_and_writes_everything(train: Train, tmp_path: Path) -> None:
     metrics = train(max_steps=60, save_strategy="steps", save_steps=60)
-    losses = _losses(tmp_path / "out")
+    losses = losses_in(tmp_path / "out")
     assert losses[0] == pytest.approx(math.log(10), rel=0.1)
     assert losses[-1] < losses[0] - 0.5
     assert metrics["eval_accuracy"] > 0.3
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written >= {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "trainer_state.json",
-        "train_results.json",
-        "eval_results.json",
-        "all_results.json",
-    }
+    assert names_in(tmp_path / "out") >= RESULT_FILES
     saved = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert saved["eval_accuracy"] == metrics["eval_accuracy"]
     card = (tmp_path / "out" / "README.md").read_text()
@@ -135,7 +116,7 @@ def test_presets_train_with_our_optimizers_and_leave_their_state(
         save_strategy="steps",
         save_steps=3,
     )
-    assert all(map(math.isfinite, _losses(tmp_path / "out")))
+    assert all(map(math.isfinite, losses_in(tmp_path / "out")))
     checkpoint = tmp_path / "out" / "checkpoint-3"
     assert (checkpoint / "optimizer.safetensors").is_file()
     assert not (checkpoint / "optimizer.pt").exists()
@@ -155,8 +136,8 @@ def test_accumulated_batches_train_as_one_large_batch(
         gradient_accumulation_steps=4,
         output_dir=tmp_path / "parts",
     )
-    whole, parts = _weights(tmp_path / "whole"), _weights(tmp_path / "parts")
-    assert _losses(tmp_path / "parts") == pytest.approx(_losses(tmp_path / "whole"), rel=1e-4)
+    whole, parts = weights_in(tmp_path / "whole"), weights_in(tmp_path / "parts")
+    assert losses_in(tmp_path / "parts") == pytest.approx(losses_in(tmp_path / "whole"), rel=1e-4)
     for key in whole:
         torch.testing.assert_close(parts[key], whole[key], rtol=1e-4, atol=1e-5)
 
@@ -169,22 +150,22 @@ def test_resnet_loss_is_averaged_over_accumulated_batches(train: Train, tmp_path
         max_steps=1,
         gradient_accumulation_steps=4,
     )
-    assert _losses(tmp_path / "out")[0] < 2 * math.log(10)
+    assert losses_in(tmp_path / "out")[0] < 2 * math.log(10)
 
 
 def test_same_seed_repeats_bit_for_bit_and_another_does_not(train: Train, tmp_path: Path) -> None:
     augmented = {"random_crop_padding": 2, "random_flip": "true"}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(max_steps=3, seed=seed, output_dir=tmp_path / name, **augmented)
-    first, again, other = (_weights(tmp_path / name) for name in "abc")
-    assert _equal(first, again)
-    assert not _equal(first, other)
+    first, again, other = (weights_in(tmp_path / name) for name in "abc")
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
 
 
 def test_augmentation_is_off_by_default_and_changes_the_run(train: Train, tmp_path: Path) -> None:
     for name, options in (("a", {}), ("b", {"random_flip": "true"})):
         train(max_steps=2, output_dir=tmp_path / name, **options)
-    assert _losses(tmp_path / "a")[0] != _losses(tmp_path / "b")[0]
+    assert losses_in(tmp_path / "a")[0] != losses_in(tmp_path / "b")[0]
 
 
 @pytest.mark.parametrize("at", [10, 13], ids=["between epochs", "within the second epoch"])
@@ -198,7 +179,7 @@ def test_resumed_run_with_augmentation_equals_uninterrupted_run(
         output_dir=tmp_path / "resumed",
         resume_from_checkpoint=tmp_path / "whole" / f"checkpoint-{at}",
     )
-    assert _equal(_weights(tmp_path / "whole"), _weights(tmp_path / "resumed"))
+    assert same_weights(weights_in(tmp_path / "whole"), weights_in(tmp_path / "resumed"))
 
 
 def test_epochs_are_augmented_differently(train: Train, tmp_path: Path) -> None:
@@ -206,9 +187,9 @@ def test_epochs_are_augmented_differently(train: Train, tmp_path: Path) -> None:
     common = {"max_steps": 2, "per_device_train_batch_size": 200, "learning_rate": 0}
     train(**common, output_dir=tmp_path / "plain")
     train(**common, random_crop_padding=4, output_dir=tmp_path / "augmented")
-    first, second = _losses(tmp_path / "plain")
+    first, second = losses_in(tmp_path / "plain")
     assert first == pytest.approx(second, rel=1e-5)
-    first, second = _losses(tmp_path / "augmented")
+    first, second = losses_in(tmp_path / "augmented")
     assert first != pytest.approx(second, rel=1e-5)
 
 
@@ -247,7 +228,7 @@ def test_mnist_files_make_a_net_for_grey_images(train: Train, tmp_path: Path) ->
             (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(content)
     metrics = train(data_dir=folder, image_size=None, max_steps=40)
     assert metrics["eval_accuracy"] == 1.0
-    assert _weights(tmp_path / "out")["layers.0.weight"].shape == (32, 784)
+    assert weights_in(tmp_path / "out")["layers.0.weight"].shape == (32, 784)
     assert "on the digits dataset" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -275,7 +256,7 @@ def test_committed_config_and_command_line(
     options = {**TINY, "config_overrides": TINY_VIT, "output_dir": tmp_path / "out"}
     options |= {"preset": "vit-tiny", "max_steps": 2, "eval_strategy": "no"}
     train_classifier.main([str(config), *(f"--{k}={v}" for k, v in options.items())])
-    assert len(_losses(tmp_path / "out")) == 2
+    assert len(losses_in(tmp_path / "out")) == 2
     assert read_yaml_mapping(config)["max_steps"] > 2
     assert "accuracy 0." in capsys.readouterr().out
 
@@ -312,12 +293,7 @@ def test_committed_config_and_command_line(
 def test_wrong_options_end_with_one_line(
     train: Train, capsys: pytest.CaptureFixture[str], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        train(**options)
-    error = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 2
-    assert message in error[-1]
-    assert ": error: " in error[-1]
+    assert_refused(lambda: train(**options), capsys, message)
 
 
 def test_images_that_do_not_fit_the_pretrained_model_are_refused(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
 from types import ModuleType
@@ -12,23 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-Train = Callable[..., dict[str, float]]
+from tests.scripts.conftest import (
+    QUIET,
+    RESULT_FILES,
+    Train,
+    assert_refused,
+    losses_in,
+    names_in,
+    same_weights,
+    weights_in,
+)
 
 TINY = {
+    **QUIET,
     "config_overrides": "n_layer=1,n_embd=16,n_head=2,n_positions=32",
     "vocab_size": 300,
     "block_size": 16,
     "per_device_train_batch_size": 2,
     "max_eval_samples": 7,
     "per_device_eval_batch_size": 4,
-    "logging_steps": 1,
     "learning_rate": 1e-2,
-    "report_to": "none",
-    "disable_tqdm": "true",
-    "save_strategy": "no",
 }
 
 
@@ -57,27 +61,13 @@ def train(train_lm: ModuleType, text_file: Path, tmp_path: Path) -> Train:
     return run
 
 
-def _losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 def test_run_learns_and_writes_everything(train: Train, tmp_path: Path) -> None:
     metrics = train(max_steps=12)
-    losses = _losses(tmp_path / "out")
+    losses = losses_in(tmp_path / "out")
     assert losses[0] == pytest.approx(math.log(300), rel=0.05)
     assert losses[-1] < losses[0] - 0.1
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written >= {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "trainer_state.json",
-        "train_results.json",
-        "eval_results.json",
-        "all_results.json",
-    }
+    written = names_in(tmp_path / "out")
+    assert written >= RESULT_FILES | {"tokenizer.json"}
     saved = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert saved["eval_perplexity"] == metrics["eval_perplexity"]
     card = (tmp_path / "out" / "README.md").read_text()
@@ -112,11 +102,9 @@ def test_batch_eval_metrics_give_the_same(train: Train) -> None:
 def test_same_seed_repeats_bit_for_bit_and_another_does_not(train: Train, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(max_steps=3, seed=seed, output_dir=tmp_path / name)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert not torch.equal(
-        weights[0]["transformer.wte.weight"], weights[2]["transformer.wte.weight"]
-    )
+    first, again, other = (weights_in(tmp_path / name) for name in "abc")
+    assert same_weights(first, again)
+    assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
 
 
 class _DrawingSGD(torch.optim.SGD):
@@ -164,10 +152,7 @@ def test_resumed_run_equals_uninterrupted_run(train: Train, tmp_path: Path) -> N
         output_dir=tmp_path / "resumed",
         resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3",
     )
-    whole, resumed = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed")
-    )
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert same_weights(weights_in(tmp_path / "whole"), weights_in(tmp_path / "resumed"))
 
 
 def test_resume_true_takes_the_last_checkpoint(train: Train, tmp_path: Path) -> None:
@@ -194,7 +179,7 @@ def test_streaming_trains_on_the_same_blocks(train: Train, text_file: Path, tmp_
     # In order, so that both forms must give the same losses.
     train(**common, train_sampling_strategy="sequential", output_dir=tmp_path / "map")
     train(**common, streaming="true", shuffle_buffer_size=0, output_dir=tmp_path / "stream")
-    assert _losses(tmp_path / "stream") == _losses(tmp_path / "map")
+    assert losses_in(tmp_path / "stream") == losses_in(tmp_path / "map")
 
 
 def test_config_name_by_model_type(train: Train, tmp_path: Path) -> None:
@@ -211,8 +196,8 @@ def test_config_name_by_model_type(train: Train, tmp_path: Path) -> None:
 
 def test_bfloat16_weights(train: Train, tmp_path: Path) -> None:
     train(max_steps=1, model_dtype="bfloat16")
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    dtypes = {weight.dtype for weight in weights_in(tmp_path / "out").values()}
+    assert dtypes == {torch.bfloat16}
 
 
 def test_no_model_is_saved_where_only_curves_are_wanted(train: Train, tmp_path: Path) -> None:
@@ -229,7 +214,7 @@ def test_yaml_file_and_command_line(
     options |= {"output_dir": str(tmp_path / "out"), "tokenizer_cache_dir": str(tmp_path / "cache")}
     config.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in options.items()))
     train_lm.main([str(config), "--max_steps", "2"])
-    assert len(_losses(tmp_path / "out")) == 2
+    assert len(losses_in(tmp_path / "out")) == 2
     assert "validation loss" in capsys.readouterr().out
 
 
@@ -271,12 +256,7 @@ def test_yaml_file_and_command_line(
 def test_wrong_options_end_with_one_line(
     train: Train, capsys: pytest.CaptureFixture[str], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        train(**options)
-    error = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 2
-    assert message in error[-1]
-    assert ": error: " in error[-1]
+    assert_refused(lambda: train(**options), capsys, message)
 
 
 def test_text_too_short_for_a_block_is_refused(
@@ -287,10 +267,3 @@ def test_text_too_short_for_a_block_is_refused(
     with pytest.raises(SystemExit):
         train(train_file=short)
     assert "text fills no block of block_size=16 tokens" in capsys.readouterr().err
-
-
-def test_overrides_keep_the_type_of_the_field(train_lm: ModuleType) -> None:
-    config = GPT2Config()
-    train_lm.override_config(config, "n_layer=2,resid_pdrop=0,activation_function=relu")
-    assert (config.n_layer, config.activation_function) == (2, "relu")
-    assert isinstance(config.resid_pdrop, float)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_precond import PreconditionedOptimizer, create_optimizer
 from hf_precond.statistics.captured import Captured
@@ -22,6 +23,15 @@ PLAIN: dict[str, Any] = {
     "inverse_interval": 1,
     "state_dtype": "float64",
 }
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def tiny_gpt2(**options: Any) -> GPT2LMHeadModel:
+    """One layer on 11 tokens, the same weights at every call."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 8}
+    config = GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **options})
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(config).train()
 
 
 def armed(model: nn.Module, **options: Any) -> LayerIO:

@@ -9,11 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_precond import PreconditionedOptimizer, create_optimizer
 from hf_precond.optim.capture import LayerInputError
-from tests.statistics.capturing import PLAIN, assert_equal, kfac, state_of, weights
+from tests.statistics.capturing import (
+    NO_DROPOUT,
+    PLAIN,
+    assert_equal,
+    kfac,
+    state_of,
+    tiny_gpt2,
+    weights,
+)
 from trainer_ext.build import build_optimizer
 
 LAYER_METHODS = ["kfac", "seng", "ng_plus_per_sample"]
@@ -50,21 +57,6 @@ def mlp() -> nn.Sequential:
 def batch(step: int = 0, size: int = 8) -> Tensor:
     rng = torch.Generator().manual_seed(step)
     return torch.randn(size, 4, generator=rng, dtype=torch.float64)
-
-
-def tiny_gpt2(**options: Any) -> GPT2LMHeadModel:
-    config = GPT2Config(
-        n_layer=1,
-        n_head=2,
-        n_embd=8,
-        vocab_size=11,
-        n_positions=6,
-        bos_token_id=0,
-        eos_token_id=0,
-        **options,
-    )
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(config).train()
 
 
 def lm_loss(model: nn.Module) -> Tensor:
@@ -322,7 +314,7 @@ def test_parametrized_weights_are_left_to_the_fallback(wrap: Any) -> None:
 
 def test_bare_groups_of_gpt2_attached_later() -> None:
     """Its layers are transposed: views by the shape alone must not stay."""
-    model = tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = tiny_gpt2(**NO_DROPOUT)
     optimizer = create_optimizer(model.parameters(), "kfac", lr=0.01)
     optimizer.attach(model)
     step_on(model, optimizer, lm_loss(model))
@@ -369,7 +361,7 @@ def test_tied_linear_layers_follow_the_fallback() -> None:
 @pytest.mark.parametrize("name", LAYER_METHODS)
 def test_only_adapters_are_captured(name: str) -> None:
     peft = pytest.importorskip("peft")
-    base = tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    base = tiny_gpt2(**NO_DROPOUT)
     config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     model = peft.get_peft_model(base, config).train()
     frozen = {key: p.clone() for key, p in model.named_parameters() if not p.requires_grad}

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel
 
 from hf_precond.statistics.captured import Captured
 from tests.reference.layers import LayerRecord
-from tests.statistics.capturing import assert_close, capture, gram, product
+from tests.statistics.capturing import NO_DROPOUT, assert_close, capture, gram, product, tiny_gpt2
 
 IGNORED = -100
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 class Tokens(nn.Module):
@@ -267,23 +266,11 @@ def test_reduced_columns_do_not_make_the_gradient(x: Tensor) -> None:
 
 
 def gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(
-        n_layer=2,
-        n_head=2,
-        n_embd=8,
-        vocab_size=11,
-        n_positions=8,
-        **NO_DROPOUT,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(config).double()
+    model = tiny_gpt2(n_layer=2, **NO_DROPOUT, attn_implementation="eager").double()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.normal_(0.0, 0.3)
-    return model.train()
+    return model
 
 
 def next_tokens(model: nn.Module, ids: Tensor, targets: Tensor, total: int, **rest: Any) -> Tensor:

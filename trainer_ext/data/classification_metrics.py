@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
+
+from trainer_ext.data.metrics import metric_info
 
 
 def predicted_classes(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -36,13 +37,11 @@ class Accuracy(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy from predicted and right classes.",
-            citation="",
-            inputs_description="predictions, references: predicted and right class of an example.",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
+        return metric_info(
+            "Accuracy from predicted and right classes.",
+            "predictions, references: predicted and right class of an example.",
+            predictions="int64",
+            references="int64",
         )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:

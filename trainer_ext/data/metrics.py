@@ -42,6 +42,22 @@ def sequence_statistics(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> 
     return torch.stack(sums, dim=1)
 
 
+def metric_info(description: str, inputs: str, **columns: str) -> evaluate.MetricInfo:
+    """What `evaluate` wants to know of a metric.
+
+    Args:
+        inputs: the columns in words.
+        columns: name -> dtype.
+    """
+    features = {name: datasets.Value(dtype) for name, dtype in columns.items()}
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description=inputs,
+        features=datasets.Features(features),
+    )
+
+
 class Perplexity(evaluate.Metric):
     """exp(total negative log-likelihood / total tokens), over all sequences added so far.
 
@@ -54,13 +70,11 @@ class Perplexity(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Perplexity from summed negative log-likelihoods and token counts.",
-            citation="",
-            inputs_description="nll: summed nats per sequence; tokens: predicted tokens in it.",
-            features=datasets.Features(
-                {"nll": datasets.Value("float64"), "tokens": datasets.Value("int64")}
-            ),
+        return metric_info(
+            "Perplexity from summed negative log-likelihoods and token counts.",
+            "nll: summed nats per sequence; tokens: predicted tokens in it.",
+            nll="float64",
+            tokens="int64",
         )
 
     def _compute(self, nll: Any, tokens: Any) -> dict[str, float]:
@@ -77,13 +91,11 @@ class TokenAccuracy(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Token accuracy from counts of right and of all predicted tokens.",
-            citation="",
-            inputs_description="correct, tokens: right and all predicted tokens of a sequence.",
-            features=datasets.Features(
-                {"correct": datasets.Value("int64"), "tokens": datasets.Value("int64")}
-            ),
+        return metric_info(
+            "Token accuracy from counts of right and of all predicted tokens.",
+            "correct, tokens: right and all predicted tokens of a sequence.",
+            correct="int64",
+            tokens="int64",
         )
 
     def _compute(self, correct: Any, tokens: Any) -> dict[str, float]:

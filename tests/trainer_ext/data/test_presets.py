@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from trainer_ext.data.presets import PRESETS, preset_config
+from trainer_ext.data.presets import PRESETS, override_config, preset_config
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -39,3 +39,10 @@ def test_presets_share_no_state() -> None:
 def test_unknown_preset_is_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match="preset='gpt2-7b' must be one of gpt2-7m, llama-9m"):
         preset_config("gpt2-7b")
+
+
+def test_overrides_keep_the_type_of_the_field() -> None:
+    config = GPT2Config()
+    override_config(config, "n_layer=2,resid_pdrop=0,activation_function=relu")
+    assert (config.n_layer, config.activation_function) == (2, "relu")
+    assert isinstance(config.resid_pdrop, float)

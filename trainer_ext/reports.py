@@ -1,0 +1,35 @@
+"""What a measuring script leaves behind: its figures as JSON, a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+def write_json(path: Path, result: Result) -> None:
+    """Writes figures, and makes the folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def show_report(
+    result: Result, text: str, plot: Callable[[Result, Path], None], stem: Path | None
+) -> None:
+    """Prints the tables; with a stem writes STEM.json, STEM.md and STEM.png too, and says so.
+
+    Args:
+        text: the tables in Markdown.
+        plot: draws a result as a PNG file.
+    """
+    print(text)
+    if stem is None:
+        return
+    json_path, markdown, image = (Path(f"{stem}.{end}") for end in ("json", "md", "png"))
+    write_json(json_path, result)
+    markdown.write_text(text + "\n", encoding="utf-8")
+    plot(result, image)
+    print(f"\nwritten: {json_path}, {markdown}, {image}")
