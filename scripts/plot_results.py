@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         results = summarise(read_records(args.results))
-        costs = {} if args.bench is None else read_costs(args.bench, args.baseline)
+        costs: dict[str, tuple[str, ...]] = {}
+        for path in args.bench:
+            # The first file's AdamW counts: each ratio is to the AdamW of its own file.
+            costs = {**read_costs(path, args.baseline), **costs}
         table = markdown_table(results, baseline=args.baseline, costs=costs)
     except ValueError as error:
         print(f"plot_results.py: error: {error}", file=sys.stderr)
@@ -78,7 +81,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="path without suffix; that of the results")
     parser.add_argument("--baseline", default="adamw_torch", help="variant the others are set to")
     parser.add_argument(
-        "--bench", type=Path, help="JSON of scripts/bench_step.py: adds its columns"
+        "--bench",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="JSON files of scripts/bench_step.py: add their columns",
     )
     parser.add_argument("--title", help="title of the plot")
     return parser.parse_args(argv)

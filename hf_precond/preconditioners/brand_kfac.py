@@ -63,7 +63,6 @@ class BrandKFac(RandomizedKFac):
         "precondition the gradient, or the columns it is made of",
         choices=("plain", "linear"),
     )
-
     form_gradient: bool = option(
         True, "form the weights' gradients; without, columns alone stand for them"
     )
@@ -114,9 +113,11 @@ class BrandKFac(RandomizedKFac):
 
     def captures_at(self, step: int) -> bool:
         """Columns of all steps for the linear application, else of those that take them in."""
+        return self.application == "linear" or self._takes_in(step)
+
+    def _takes_in(self, step: int) -> bool:
         # Sides in another form, and the factors of refreshed ones, follow update_interval.
-        intervals = (self.brand_interval, self.update_interval)
-        return self.application == "linear" or any(is_due(step, each) for each in intervals)
+        return is_due(step, self.brand_interval) or is_due(step, self.update_interval)
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         columns = ctx.columns
@@ -147,7 +148,8 @@ class BrandKFac(RandomizedKFac):
 
     def _update_side(self, side: State, columns: Tensor | None, ctx: StepContext) -> State:
         size = side["vectors"].shape[-2]
-        columns = None if columns is None else self._drawn(columns, ctx)
+        taken = columns is not None and self._takes_in(ctx.step)
+        columns = self._drawn(columns, ctx) if columns is not None and taken else None
         if not self._is_brand(size):
             return RandomizedKFac._update_side(self, side, columns, ctx)
         changed: State = {}

@@ -127,7 +127,8 @@ class Kronecker:
                 changed[f"{side}_{name}"] = tensor
         # Written only when all is computed: a failed factorisation leaves both sides as they were.
         for name, tensor in changed.items():
-            state[name].copy_(tensor)
+            if tensor is not state[name]:
+                state[name].copy_(tensor)
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         left = self.precondition(state, "output", g_GMB, ctx)
