@@ -167,9 +167,10 @@ def best_rate(name: str, rates: Mapping[float, Sequence[Mapping[str, Any]]]) -> 
 
 
 def mean_accuracy(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean final accuracy of classifiers, None for language models."""
+    """Mean final accuracy of classifiers, None for language models, which have a perplexity."""
     found = [run["metrics"].get("eval_accuracy") for run in runs]
-    return None if None in found else fmean(found)
+    of_text = any("eval_perplexity" in run["metrics"] for run in runs)
+    return None if of_text or None in found else fmean(found)
 
 
 def final_loss(record: Mapping[str, Any]) -> float:

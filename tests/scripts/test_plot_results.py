@@ -105,3 +105,13 @@ def test_unusable_results_are_refused(
     path.write_text("".join(json.dumps(record) + "\n" for record in lines))
     assert plot_results.main([str(path), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_classifiers_show_their_accuracy_and_language_models_their_perplexity(
+    plot_results: ModuleType,
+) -> None:
+    runs = [{"metrics": {"eval_accuracy": 0.5}}, {"metrics": {"eval_accuracy": 0.7}}]
+    assert plot_results.mean_accuracy(runs) == pytest.approx(0.6)
+    texts = [{"metrics": {"eval_accuracy": 0.2, "eval_perplexity": 90.0}}]
+    assert plot_results.mean_accuracy(texts) is None
+    assert plot_results.mean_accuracy([{"metrics": {}}]) is None
