@@ -473,9 +473,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     ) -> dict[int, Tensor]:
         """Norm of each gradient in the state dtype, by index; nothing where nobody asks for it."""
         limit = self.recipe.stages.max_grad_norm
-        if not gradients or not (self.recipe.numerics.skip_nonfinite or limit is not None):
+        if not (self.recipe.numerics.skip_nonfinite or limit is not None):
             return {}
-        found = torch._foreach_norm(list(gradients.values()))
+        found = torch._foreach_norm(list(gradients.values())) if gradients else ()
         norms = dict(zip(gradients, found, strict=True)) | dict(alone)
         dtype = self.recipe.numerics.dtype
         return {index: norm.to(self._device, dtype) for index, norm in norms.items()}

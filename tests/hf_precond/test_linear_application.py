@@ -144,6 +144,18 @@ def test_the_trainers_clipping_reaches_the_columns() -> None:
     assert_same(trained(clip=0.05, **LINEAR), trained(clip=0.05))
 
 
+def test_no_gradient_at_all_need_be_formed() -> None:
+    """An input that has a gradient, and no bias: columns are all there is."""
+    model = nn.Linear(24, 20, bias=False).double()
+    optimizer = create_optimizer(model, "b_kfac", **OPTIONS, **ALONE)
+    before = model.weight.detach().clone()
+    x = torch.randn(8, 24, dtype=torch.float64, requires_grad=True)
+    model(x).square().mean().backward()
+    assert model.weight.grad is None
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
 def test_a_failed_forward_leaves_the_weight_trainable() -> None:
     model = net()
     optimizer = create_optimizer(model, "b_kfac", **OPTIONS, **ALONE)
