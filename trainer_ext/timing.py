@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ def now(device: torch.device) -> float:
 
 
 @dataclass(kw_only=True)
-class Cell:
+class Cell(ABC):
     """One method at one width; a benchmark's own class keeps the times.
 
     Attributes:
@@ -36,9 +37,9 @@ class Cell:
     estimate_s: float | None
 
     @property
+    @abstractmethod
     def rounds_s(self) -> Sequence[float]:
         """Seconds of each round so far; none where the estimate was above the budget."""
-        raise NotImplementedError
 
     def has_time(self, max_seconds: float) -> bool:
         """Whether one more round is expected to stay within the budget of a cell."""

@@ -10,6 +10,7 @@ import gzip
 import lzma
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,7 +263,7 @@ def channel_statistics(images: Images) -> tuple[ChannelValues, ChannelValues]:
 # --- splits and sizes -----------------------------------------------------------------------------
 
 
-class _Source:
+class _Source(ABC):
     """Images of a `train` split and perhaps a `validation` split.
 
     Attributes:
@@ -273,9 +274,9 @@ class _Source:
     label_names: tuple[str, ...]
     counts: dict[str, int]
 
+    @abstractmethod
     def read(self, split: str, rows: Tensor) -> Images:
         """The images of these rows of a split."""
-        raise NotImplementedError
 
 
 def _load(
