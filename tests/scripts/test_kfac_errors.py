@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_precond.preconditioners.base import Columns, StepContext
 from tests.driving import random_matrices, random_rotation
 from tests.scripts.conftest import load_script
+from trainer_ext import kfac_observers as observers
 from trainer_ext.provenance import shown_options
 
 TINY_DATA = ("--image_size", "4", "--max_train_samples", "40", "--batch_size", "10")
@@ -51,24 +52,24 @@ def row_of(result: dict[str, Any], label: str, window: int = 0) -> dict[str, Any
 
 def test_metrics_of_known_matrices(script: ModuleType) -> None:
     exact = random_matrices(2, 4, 6)
-    assert script.relative_error(1.5 * exact, exact) == pytest.approx(0.5)
-    assert script.angle_error(1.5 * exact, exact) == pytest.approx(0.0, abs=1e-15)
-    assert script.angle_error(-exact, exact) == pytest.approx(2.0)
+    assert observers.relative_error(1.5 * exact, exact) == pytest.approx(0.5)
+    assert observers.angle_error(1.5 * exact, exact) == pytest.approx(0.0, abs=1e-15)
+    assert observers.angle_error(-exact, exact) == pytest.approx(2.0)
     a, b = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]])
-    assert script.angle_error(a, b) == pytest.approx(1 - math.sqrt(0.5))
+    assert observers.angle_error(a, b) == pytest.approx(1 - math.sqrt(0.5))
 
 
 def test_small_angles_do_not_cancel(script: ModuleType) -> None:
     turn = 1e-6
     a = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     b = torch.tensor([[[math.cos(turn), math.sin(turn)]]], dtype=torch.float64)
-    assert script.angle_error(a, b) == pytest.approx(turn**2 / 2, rel=1e-6)
+    assert observers.angle_error(a, b) == pytest.approx(turn**2 / 2, rel=1e-6)
 
 
 def test_inverse_is_that_of_the_damped_factor(script: ModuleType) -> None:
-    algorithm = script.to_algorithm("kfac:damping=0.1,continuation=false", arguments(script))
+    algorithm = observers.to_algorithm("kfac:damping=0.1,continuation=false", arguments(script))
     state = algorithm.init((1, 4, 6), dtype=torch.float64, device=torch.device("cpu"))
-    watcher = script.Watcher(algorithm=algorithm, state=state, device=torch.device("cpu"))
+    watcher = observers.Watcher(algorithm=algorithm, state=state, device=torch.device("cpu"))
     inputs, outputs = random_matrices(1, 9, 1, 6), random_matrices(1, 9, 1, 4, seed=1)
     ctx = StepContext(step=1, phases=[0.0], columns=Columns(inputs=inputs, outputs=outputs))
     watcher.update(random_matrices(1, 4, 6), ctx)
@@ -99,7 +100,7 @@ def arguments(script: ModuleType, *options: str) -> Any:
 def test_the_default_variants_are_table_1_in_proportion(script: ModuleType) -> None:
     args = arguments(script, "--update_interval", "10")
     assert args.window_steps == 300
-    observer = script.Observer.of(args)
+    observer = observers.Observer.of(args)
     intervals = [
         (type(each).__name__, each.update_interval, each.inverse_interval)
         for each in observer.algorithms.values()
@@ -122,7 +123,7 @@ def test_the_default_variants_are_table_1_in_proportion(script: ModuleType) -> N
 
 def test_common_options_go_where_they_fit(script: ModuleType) -> None:
     args = arguments(script, "--variants", "kfac", "rs_kfac:rank=2", "--common", "rank=5,damping=1")
-    reference, exact, randomized = script.Observer.of(args).algorithms.values()
+    reference, exact, randomized = observers.Observer.of(args).algorithms.values()
     assert reference.damping.initial == exact.damping.initial == randomized.damping.initial == 1
     assert randomized.rank.initial == 2
 
@@ -165,7 +166,7 @@ def test_counts_that_measure_nothing_are_refused(
 
 def test_windows_begin_where_all_is_due(script: ModuleType) -> None:
     args = arguments(script, "--windows", "15", "30", "--window_steps", "4")
-    observer = script.Observer.of(args)
+    observer = observers.Observer.of(args)
     starts = [(each.start, each.stop) for each in script.to_windows(args, observer, 7)]
     assert starts == [(121, 125), (211, 215)]  # steps 106 and 211, moved to 1 + 30 k
     args = arguments(script, "--start_steps", "31", "1", "--window_steps", "4")
@@ -180,7 +181,7 @@ def test_writes_curves_averages_and_times(
 ) -> None:
     result = run(script, tmp_path, "--start_steps", "31", "--seeds", "0", "1")
     labels = [row["variant"] for row in result["rows"]]
-    assert labels == [script.REFERENCE, *script.table_1(1)]
+    assert labels == [observers.REFERENCE, *script.table_1(1)]
     (window,) = result["windows"]
     assert (window["start_step"], window["steps"], window["epoch"]) == (31, 30, 7.5)
     assert result["layers"] == {"layers.0": [1, 24, 49]}
@@ -191,7 +192,7 @@ def test_writes_curves_averages_and_times(
             assert all(map(math.isfinite, values))
             assert row["averages"][metric] == pytest.approx(sum(values) / 30)
         assert min(row["times_ms"].values()) > 0
-    assert set(row_of(result, script.REFERENCE)["averages"].values()) == {0.0}
+    assert set(row_of(result, observers.REFERENCE)["averages"].values()) == {0.0}
     exact = row_of(result, "kfac:inverse_interval=5")["curves"]
     assert all(
         (value == 0) == (i % 5 == 0) for each in exact.values() for i, value in enumerate(each)
@@ -220,7 +221,7 @@ def test_resting_outside_the_windows_changes_nothing(
     options = ["--start_steps", "16", "46", "--window_steps", "10"]
     options += ["--variants", "kfac:inverse_interval=5", "rs_kfac:inverse_interval=15"]
     rested = run(script, tmp_path, *options)
-    monkeypatch.setattr(script, "rests", lambda algorithm: False)
+    monkeypatch.setattr(observers, "rests", lambda algorithm: False)
     kept_up = run(script, tmp_path, *options)
     for ours, theirs in zip(rested["rows"], kept_up["rows"], strict=True):
         for metric in script.METRICS:
@@ -264,13 +265,13 @@ def test_no_path_of_this_machine_is_written(script: ModuleType, tmp_path: Path) 
 
 def test_a_form_that_leaves_nothing_out_has_no_error(script: ModuleType) -> None:
     args = arguments(script, "--variants", "rs_kfac:rank=64,inverse_interval=1")
-    observer = script.Observer.of(args)
+    observer = observers.Observer.of(args)
     layer = toy_layer(script, observer)
     for step in range(1, 6):
         ctx = StepContext(step=step, phases=[0.0], columns=toy_columns(step))
         found = layer.measure(random_matrices(1, 5, 7).float(), ctx, inverses=True, directions=True)
     (label,) = args.variants
-    assert found[script.REFERENCE] == dict.fromkeys(script.METRICS, 0.0)
+    assert found[observers.REFERENCE] == dict.fromkeys(script.METRICS, 0.0)
     assert max(found[label].values()) < 1e-4
 
 
@@ -288,12 +289,12 @@ def toy_layer(script: ModuleType, observer: Any) -> Any:
     class ToySlot:
         view = View()
 
-    return script.ObservedLayer("toy", ToySlot(), observer, torch.device("cpu"))
+    return observers.ObservedLayer("toy", ToySlot(), observer, torch.device("cpu"))
 
 
 def test_errors_do_not_depend_on_the_basis_of_the_layer(script: ModuleType) -> None:
     turn = random_rotation(7).float()
-    observer = script.Observer.of(arguments(script, "--variants", "kfac:inverse_interval=3"))
+    observer = observers.Observer.of(arguments(script, "--variants", "kfac:inverse_interval=3"))
     gradient = random_matrices(1, 5, 7).float()
     found = []
     for rotation in (torch.eye(7), turn):
