@@ -43,8 +43,8 @@ from hf_precond.optim.layer_columns import LayerColumns
 from hf_precond.preconditioners.base import StepContext
 from trainer_ext.arguments import parse_optim_args
 from trainer_ext.build import build_optimizer
+from trainer_ext.data.image_sources import SHAPES
 from trainer_ext.data.images import (
-    SHAPES,
     Augmentation,
     ImageData,
     ImageDataset,

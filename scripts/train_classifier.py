@@ -30,8 +30,8 @@ from transformers import (
 
 import trainer_ext  # noqa: F401  registers the optimizers
 from trainer_ext.data.classification_metrics import ClassificationMetrics, predicted_classes
+from trainer_ext.data.image_sources import SHAPES
 from trainer_ext.data.images import (
-    SHAPES,
     Augmentation,
     AugmentationEpochs,
     ImageData,

@@ -34,7 +34,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer_ext.data.images.SHAPES_COUNTS", (60, 20))
+    monkeypatch.setattr("trainer_ext.data.image_sources.SHAPES_COUNTS", (60, 20))
 
 
 def run(script: ModuleType, tmp_path: Path, *options: str) -> dict[str, Any]:

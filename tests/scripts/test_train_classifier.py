@@ -51,7 +51,7 @@ def train_classifier() -> ModuleType:
 @pytest.fixture
 def train(train_classifier: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Runs the script in this process with tiny defaults."""
-    monkeypatch.setattr("trainer_ext.data.images.SHAPES_COUNTS", (400, 100))
+    monkeypatch.setattr("trainer_ext.data.image_sources.SHAPES_COUNTS", (400, 100))
 
     def run(**options: Any) -> dict[str, float]:
         merged = {**TINY, "output_dir": tmp_path / "out", **options}

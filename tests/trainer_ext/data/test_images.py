@@ -15,22 +15,24 @@ import torch
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trainer_ext.data.images import (
+from trainer_ext.data.image_sources import (
     CIFAR_CLASSES,
     CIFAR_RECORD,
     IDX_IMAGES,
     IDX_LABELS,
     SHAPE_MASKS,
+    Images,
+    draw_shapes,
+    read_idx,
+)
+from trainer_ext.data.images import (
     Augmentation,
     AugmentationEpochs,
     ImageDataset,
-    Images,
     channel_statistics,
     draw_rows,
-    draw_shapes,
     hold_out,
     load_images,
-    read_idx,
     scale,
 )
 
