@@ -128,8 +128,18 @@ class Record:
         self._open_call = call
 
     def captured(self) -> Captured | None:
-        """Returns what was captured, before the scaling by T; None for nothing."""
+        """Returns what was captured, before the scaling by T; None for nothing.
+
+        Raises:
+            RuntimeError: a changed input was all that stood for the weight's gradient.
+        """
         self._close()
+        if self._spoiled and self.alone:
+            raise RuntimeError(
+                f"the input of a {type(self.layer).__name__} was changed in place before its "
+                "backward pass, and the gradient of its weight was not formed: use "
+                "form_gradient = True"
+            )
         if self._kept is None or self._spoiled:
             return None
         inputs, outputs, valid = self._kept.rows

@@ -156,6 +156,21 @@ def test_no_gradient_at_all_need_be_formed() -> None:
     assert not torch.equal(model.weight, before)
 
 
+def test_a_changed_input_without_a_gradient_is_an_error() -> None:
+    """Under autocast autograd keeps a copy of its own and does not complain."""
+    model = nn.Linear(24, 20, bias=False)
+    options = {**OPTIONS, **ALONE, "state_dtype": "float32"}
+    optimizer = create_optimizer(model, "b_kfac", **options)
+    x = torch.randn(8, 24, requires_grad=True) * 1.0
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    with torch.no_grad():
+        x.zero_()
+    y.float().square().mean().backward()
+    with pytest.raises(RuntimeError, match="form_gradient"):
+        optimizer.step()
+
+
 def test_a_failed_forward_leaves_the_weight_trainable() -> None:
     model = net()
     optimizer = create_optimizer(model, "b_kfac", **OPTIONS, **ALONE)
