@@ -21,8 +21,10 @@ from hf_precond.optim.options import (
     NumericsOptions,
     Recipe,
     ScheduleOptions,
+    ShardingOptions,
 )
 from hf_precond.optim.stages import StageOptions
+from hf_precond.optim.work import rows_may_split
 from hf_precond.preconditioners import (
     adadiag,
     adafacdiag,
@@ -75,6 +77,7 @@ _SECTIONS: dict[str, type] = {
     "fallback": FallbackOptions,
     "schedules": ScheduleOptions,
     "numerics": NumericsOptions,
+    "sharding": ShardingOptions,
 }
 # The two decays are one public option, as in torch and transformers.
 _FOLDED_INTO_BETAS = {"beta1", "beta2"}
@@ -91,8 +94,8 @@ class OptionSpec:
         type: ``int``, ``float``, ``bool``, ``str``, ``tuple`` (of floats) or :class:`Schedule`.
         optional: whether ``None`` is a value of it.
         allowed: the allowed values in words, empty where the type says it all.
-        section: ``algorithm``, ``stages``, ``grouping``, ``fallback``, ``schedules`` or
-            ``numerics``.
+        section: ``algorithm``, ``stages``, ``grouping``, ``fallback``, ``schedules``,
+            ``numerics`` or ``sharding``.
     """
 
     name: str
@@ -187,6 +190,12 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     check_stages = getattr(parts["algorithm"], "check_stages", None)
     if check_stages is not None:
         check_stages(parts["stages"])
+    if values["sharding"] == "blocks" and not rows_may_split(parts["algorithm"]):
+        able = [row.name for row in _INFOS.values() if rows_may_split(row.algorithm)]
+        raise ValueError(
+            f"sharding = 'blocks' is not allowed for {name}, whose blocks need each other: "
+            f"it must be 'auto', 'replicated' or 'owner' (blocks: {', '.join(able)})"
+        )
     return Recipe(name=name, betas=(beta1, beta2), **parts)
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.optim.banks import Bank
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.layer_columns import ColumnSource, LayerColumns, take_layers
 from hf_precond.optim.options import Recipe
-from hf_precond.preconditioners.base import MAIN, Columns, captures_at, layer_needs
+from hf_precond.preconditioners.base import Columns, captures_at, layer_needs
 from hf_precond.views.plan import Slot
 
 ColumnsOf = Callable[[Slot, Mapping[int, Tensor]], "Columns | None"]
@@ -84,18 +83,18 @@ class Capture:
             self.source.arm({i: step for i, step in coming if captures_at(self._algorithm, step)})
 
     def collect(
-        self, banks: Sequence[Bank], steps: Sequence[int], loss_scale: float | Tensor
+        self, params: Iterable[int], steps: Sequence[int], loss_scale: float | Tensor
     ) -> None:
         """Ends the capture of a step.
+
+        Args:
+            params: those that the algorithm works on, on this or another rank.
 
         Raises:
             LayerInputError: if columns are wanted and there is no source.
         """
         wanted = self._needs is not None and any(
-            captures_at(self._algorithm, steps[slot.param] + 1)
-            for bank in banks
-            if bank.bucket.key[0] == MAIN
-            for slot in bank.bucket.slots
+            captures_at(self._algorithm, steps[param] + 1) for param in params
         )
         if not wanted:
             return

@@ -24,21 +24,29 @@ class StateMismatchError(ValueError):
     """A saved optimizer state does not belong to this optimizer and model."""
 
 
-def flat_state(optimizer: PreconditionedOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns (tensors, header) of an optimizer's state.
+def flat_state(
+    optimizer: PreconditionedOptimizer, *, first_rank_only: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns (tensors, header) of an optimizer's state, that of a single process.
+
+    Where several ranks share the state, all of them call this, and each gets the whole state.
 
     Tensors are contiguous copies-on-demand of the stacked storage: a slice that is already
     contiguous is returned as a view, so write it out before the next step. Before the first step
     there are no tensors.
+
+    Args:
+        first_rank_only: where ranks share the state, only the first one gets tensors, moved to the
+            CPU one by one.
 
     Raises:
         StateMismatchError: if two parameters have the same name.
     """
     names = _unique_names(optimizer)
     tensors: dict[str, Tensor] = {}
-    for name, param in _named(optimizer, names):
-        for key, value in optimizer.state.get(param, {}).items():
-            tensors[f"state.{name}.{key}"] = value.detach().contiguous()
+    for index, key, value in optimizer.whole_state(first_rank_only=first_rank_only):
+        value = value.detach().contiguous()
+        tensors[f"state.{names[index]}.{key}"] = value.cpu() if first_rank_only else value
     header = {
         "format_version": FORMAT_VERSION,
         "algorithm": optimizer.recipe.name,

@@ -121,16 +121,17 @@ def group_names(group: Mapping[str, Any]) -> list[str]:
     return list(group.get("param_names", [""] * len(group["params"])))
 
 
-def buckets_of(
+def pieces_of(
     placed: Sequence[PlacedView], params: Sequence[Tensor], *, max_elements: int
-) -> list[Bucket]:
-    """Cuts views into tiles where that was asked for and stacks what has one role and shape.
+) -> list[PlannedView]:
+    """Cuts views into tiles where that was asked for.
 
     Views cut into pieces of several sizes tie the stacks they lie in together, because norms are
     taken over whole parameters. Such views stack only among ``max_elements`` weights, so that what
     is worked on at once stays bounded.
     """
-    planned, cut = [], 0
+    planned: list[PlannedView] = []
+    cut = 0
     for number, item in enumerate(placed):
         pieces: tuple[AnyView, ...] = (item.view,)
         if item.place.tile:
@@ -148,10 +149,19 @@ def buckets_of(
                 number=number,
                 first_group=item.first_group,
                 key=(item.place.role, params[item.param].device, chunk),
+                piece=len(planned) + index,
             )
-            for piece in pieces
+            for index, piece in enumerate(pieces)
         ]
-    return plan_buckets(planned, max_elements=max_elements)
+    return planned
+
+
+def buckets_of(
+    placed: Sequence[PlacedView], params: Sequence[Tensor], *, max_elements: int
+) -> list[Bucket]:
+    """Stacks the pieces of all views that have one role and shape."""
+    pieces = pieces_of(placed, params, max_elements=max_elements)
+    return plan_buckets(pieces, max_elements=max_elements)
 
 
 def owner_counts(placed: Sequence[PlacedView], params: Sequence[Tensor]) -> dict[str, int]:
@@ -177,6 +187,15 @@ def refresh_phases(buckets: Sequence[Bucket]) -> list[tuple[float, ...]]:
         tuple(start / total if start < total else 0.0 for start in done[end - len(of_bucket) : end])
         for end, of_bucket in zip(ends, costs, strict=True)
     ]
+
+
+def phases_by_piece(buckets: Sequence[Bucket]) -> dict[int, tuple[float, ...]]:
+    """The same for each group of each piece, wherever it will be stacked."""
+    return {
+        slot.piece: phases[slot.start : slot.stop]
+        for bucket, phases in zip(buckets, refresh_phases(buckets), strict=True)
+        for slot in bucket.slots
+    }
 
 
 def displaced(placed: Iterable[PlacedView]) -> dict[Placement, list[int]]:

@@ -11,15 +11,20 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_precond.linalg.fused import fusing
 from hf_precond.linalg.precision import highest_matmul_precision
+from hf_precond.linalg.rounding import HALF_DTYPES, round_stochastically
 from hf_precond.optim.banks import Bank
 from hf_precond.optim.capture import Capture, LayerInputError
+from hf_precond.optim.comm import Comm
 from hf_precond.optim.faults import Faults
+from hf_precond.optim.global_state import GlobalState
 from hf_precond.optim.health import Health
 from hf_precond.optim.layer_columns import ColumnSource
 from hf_precond.optim.layout import (
@@ -28,21 +33,42 @@ from hf_precond.optim.layout import (
     displaced,
     group_names,
     owner_counts,
+    phases_by_piece,
+    pieces_of,
     placed_views,
-    refresh_phases,
 )
 from hf_precond.optim.options import Recipe
-from hf_precond.optim.pipeline import run, split_into_cohorts
+from hf_precond.optim.pipeline import (
+    Cohort,
+    Scope,
+    Updates,
+    run,
+    split_into_cohorts,
+    update_alone,
+)
+from hf_precond.optim.sharding import Sharding, comm_of, home_of, local, slot_key
 from hf_precond.optim.stages import NO_STAGES, StageOptions
+from hf_precond.optim.together import Together
+from hf_precond.optim.work import plan_work
 from hf_precond.preconditioners.base import (
     FALLBACK,
     GRAFT,
     MAIN,
     Preconditioner,
+    Shape,
     State,
+    StepContext,
+    exact_state,
 )
 from hf_precond.preconditioners.diagonal import Identity
-from hf_precond.views.plan import Bucket, clusters
+from hf_precond.views.plan import (
+    Bucket,
+    PlannedView,
+    Slot,
+    add_from_blocks,
+    clusters,
+    plan_buckets,
+)
 from hf_precond.views.view import ParamView, check_cover, rows
 
 logger = logging.getLogger(__name__)
@@ -50,6 +76,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 # A start step for what is left to the graft partner.
 _NEVER = 2**62
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +101,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         recipe: what to compute, from :func:`hf_precond.registry.resolve`.
         lr: learning rate.
         weight_decay: decoupled weight decay.
+        process_group: ranks that train the same weights; by default all of them. FSDP2's row shards
+            know theirs.
 
     Raises:
         ValueError: for a negative or non-finite ``lr`` or ``weight_decay``, duplicate parameters or
@@ -87,11 +116,13 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         *,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not 0 <= float(value) < float("inf"):
                 raise ValueError(f"{name} = {value!r} is not allowed: it must be >= 0 and finite")
         self.recipe = recipe
+        self._process_group = process_group
         self.steps_per_epoch = recipe.schedules.steps_per_epoch
         self._reset_caches()
         defaults = {
@@ -106,6 +137,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without ``"views"`` its parameters get views from their shapes."""
+        self._make_state_whole()
         super().add_param_group(param_group)
         try:
             self._take_views(self.param_groups[-1])
@@ -131,7 +163,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one step.
+        """Performs one step. Where several ranks share the work, all of them take part.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -146,16 +178,18 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._health.timed(self._device), highest_matmul_precision():
+        compiles = fusing(self.recipe.numerics.compile)
+        with self._health.timed(self._device), highest_matmul_precision(), compiles:
             self._ensure_state()
-            grads = [param.grad for param in self._params if param.grad is not None]
+            grads = [local(param.grad) for param in self._params if param.grad is not None]
             loss_scale = self._capture.loss_scale(self, grads)
             if loss_scale is None:
                 return loss
-            self._capture.collect(self._banks, self._steps, loss_scale)
+            self._capture.collect(self._main, self._steps, loss_scale)
             gradients = self._ready_gradients()
+            work = gradients if self._sharding is None else self._sharding.bring(gradients)
             for cluster in self._clusters:
-                self._step_cluster(cluster, gradients)
+                self._step_cluster(cluster, gradients, work)
             for index in gradients:
                 self._steps[index] += 1
                 self.state[self._params[index]]["step"] += 1
@@ -211,8 +245,47 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Torch's protocol by which a GradScaler hands its scale over."""
         return self._capture.awaits_loss_scale
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state and the param groups, as torch does.
+
+        Where several ranks share the state, all of them call it and each gets whole tensors:
+        DTensors where rows are cut as FSDP2 has cut the parameter's, plain ones elsewhere.
+        """
+        packed = super().state_dict()
+        if self._global_state is not None:
+            packed["state"] = {i: {"step": entry["step"]} for i, entry in packed["state"].items()}
+            for index, key, value in self._global_state.whole(self._banks, as_dtensors=True):
+                packed["state"][index][key] = value
+        return packed
+
+    def whole_state(self, *, first_rank_only: bool = False) -> Iterator[tuple[int, str, Tensor]]:
+        """Yields (parameter index, key, tensor) of all state, as a single process would have it.
+
+        Where several ranks share the state, all of them walk through it.
+
+        Args:
+            first_rank_only: for the first rank; the others get nothing.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self._global_state is None:
+            for index, param in enumerate(params):
+                for key, value in self.state.get(param, {}).items():
+                    yield index, key, value
+            return
+        assert self._comm is not None
+        if not first_rank_only or self._comm.is_first:
+            for index, param in enumerate(params):
+                yield index, "step", self.state[param]["step"]
+        for index, key, found in self._global_state.whole(
+            self._banks, first_rank_only=first_rank_only
+        ):
+            if found is not None:
+                yield index, key, found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict, keeping dtypes and this optimizer's own views.
+
+        A state dict of whole tensors fits every number of ranks and every way to share the work.
 
         Torch casts every state tensor to its parameter's dtype; statistics in float32 beside bf16
         weights would lose most of their bits. The saved tensors are taken again as they are.
@@ -241,6 +314,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._process_group = getattr(self, "_process_group", None)
         self._reset_caches()
 
     # -- what users and the Trainer may ask --
@@ -270,7 +344,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             name = names[bucket.key[0]]
             tensors[name].update(bucket.params)
             params[name] += sum(slot.view.numel for slot in bucket.slots)
-            for meta in self._init_bucket(bucket, torch.device("meta")).values():
+            for meta in self._init_stack(bucket.key[0], bucket.shape, _META).values():
                 state_bytes[name] += meta.numel() * meta.element_size()
         return [
             PlanRow(
@@ -283,14 +357,17 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         ]
 
     def state_layout(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Yields (parameter index, state key, meta tensor) of all state a first step will make."""
+        """Yields (parameter index, state key, meta tensor) of all state a first step will make.
+
+        Where several ranks share the state, that of all of them together.
+        """
         index = 0
         for group in self.param_groups:
             for _ in group["params"]:
                 yield index, "step", torch.empty((), device="meta")
                 index += 1
         for bucket in self._plan_buckets():
-            bank = Bank(bucket, self._init_bucket(bucket, torch.device("meta")))
+            bank = Bank(bucket, self._init_stack(bucket.key[0], bucket.shape, _META))
             for slot, key, piece in bank.slices():
                 yield slot.param, key, piece
 
@@ -299,9 +376,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         groups), ``graft_ratio`` (graft partner's norm over the direction's), ``skipped_nonfinite``,
         ``failed_updates``, ``step_ms``."""
         for bank in self._banks:
-            report = getattr(self._algorithm(bank.bucket)[0], "health", None)
+            report = getattr(self._algorithm(bank.bucket.key[0])[0], "health", None)
             if report is not None:
-                for name, values in report(bank.tensors).items():
+                for name, values in report(bank.rows(bank.bucket.slots).state).items():
                     self._health.observe(name, values)
         return self._health.take()
 
@@ -321,34 +398,52 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """The next step lays the state out anew, from what ``state`` holds then."""
         self._banks: list[Bank] = []
         self._clusters: list[list[Bank]] = []
+        self._is_laid_out = False
+        self._comm: Comm | None = None
+        self._sharding: Sharding | None = None
+        self._together: Together | None = None
+        self._global_state: GlobalState | None = None
+
+    def _make_state_whole(self) -> None:
+        """Before parameters change: ranks that share the state may share another way afterwards."""
+        if self._global_state is None:
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        whole: list[dict[str, Tensor]] = [{} for _ in params]
+        for index, key, value in self.whole_state():
+            whole[index][key] = value
+        self.state.update(zip(params, whole, strict=True))
 
     @property
     def _device(self) -> torch.device:
         return self._params[0].device if self._params else torch.device("cpu")
 
-    def _algorithm(self, bucket: Bucket) -> tuple[Preconditioner, StageOptions]:
-        if bucket.key[0] == MAIN:
+    def _algorithm(self, role: str) -> tuple[Preconditioner, StageOptions]:
+        if role == MAIN:
             return self.recipe.algorithm, self.recipe.stages
         stages = self.recipe.stages
-        if bucket.key[0] == GRAFT:
+        if role == GRAFT:
             # Without a partner what is left is the gradient, or its momentum.
             never = stages if stages.graft == "none" else replace(stages, start_step=_NEVER)
             return Identity(), never
         return self.recipe.fallback_algorithm, NO_STAGES
 
-    def _init_bucket(self, bucket: Bucket, device: torch.device) -> State:
-        """Allocates the state of a bucket: the algorithm's and its stages'."""
-        algorithm, stages = self._algorithm(bucket)
-        dtype = self.recipe.numerics.dtype
-        return {
-            **algorithm.init(bucket.shape, dtype=dtype, device=device),
-            **stages.init(bucket.shape, dtype=dtype, device=device),
+    def _init_stack(self, role: str, shape: Shape, device: torch.device) -> State:
+        """Allocates the state of a stack: the algorithm's and its stages'."""
+        algorithm, stages = self._algorithm(role)
+        dtype, stored = self.recipe.numerics.dtype, self.recipe.numerics.storage_dtype
+        state = {
+            **algorithm.init(shape, dtype=dtype, device=device),
+            **stages.init(shape, dtype=dtype, device=device),
         }
+        exact = exact_state(algorithm)
+        return {name: x if name in exact else x.to(stored) for name, x in state.items()}
 
     def _placed_views(self) -> list[PlacedView]:
         return placed_views(self.param_groups, self.recipe.algorithm)
 
     def _plan_buckets(self) -> list[Bucket]:
+        """The stacks of a single process."""
         params = [param for group in self.param_groups for param in group["params"]]
         max_elements = self.recipe.numerics.bucket_size
         return buckets_of(self._placed_views(), params, max_elements=max_elements)
@@ -368,22 +463,33 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _ensure_state(self) -> None:
         """Lays the banks out, taking over what ``state`` holds after a load or a copy."""
-        if self._banks:
+        if self._is_laid_out:
             return
         self._params = [param for group in self.param_groups for param in group["params"]]
         self._faults = Faults(self.param_names, self.recipe.numerics.max_failures, self._health)
         self._group_of = [
             number for number, group in enumerate(self.param_groups) for _ in group["params"]
         ]
-        saved = [self.state.get(param, {}) for param in self._params]
+        saved: list[dict[str, Any]] = [self.state.get(param, {}) for param in self._params]
         placed = self._placed_views()
         self._log_displaced(placed)
         self._owners = owner_counts(placed, self._params)
+        self._main = {item.param for item in placed if item.place.role == MAIN}
         self._joint = {(item.param, item.bias) for item in placed if item.bias is not None}
-        buckets = self._plan_buckets()
+        max_elements = self.recipe.numerics.bucket_size
+        pieces = pieces_of(placed, self._params, max_elements=max_elements)
+        buckets = plan_buckets(pieces, max_elements=max_elements)
+        phases = phases_by_piece(buckets)
+        self._share_work(pieces)
+        if self._sharding is not None and self._global_state is not None:
+            own = [share.view for share in self._sharding.shares]
+            buckets = plan_buckets(own, max_elements=max_elements)
+            saved = self._global_state.localized(saved)
         banks: list[Bank] = []
-        for bucket, phases in zip(buckets, refresh_phases(buckets), strict=True):
-            bank = Bank(bucket, self._init_bucket(bucket, bucket.key[1]), phases)
+        for bucket in buckets:
+            state = self._init_stack(bucket.key[0], bucket.shape, bucket.key[1])
+            turns = [phase for slot in bucket.slots for phase in slot.part_of(phases[slot.piece])]
+            bank = Bank(bucket, state, turns, dtype=self.recipe.numerics.dtype)
             bank.adopt(saved)
             banks.append(bank)
         self._steps = []
@@ -401,8 +507,50 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             [by_bucket[id(bucket)] for bucket in members]
             for members in clusters([bank.bucket for bank in banks])
         ]
-        if self.recipe.stages.clip_mode == "kl":
-            self._clusters = [banks]  # one factor for all layers
+        if self.recipe.stages.clip_mode == "kl" or self._sharding is not None:
+            # One factor for all layers; or ranks that must ask each other the same, all at once.
+            self._clusters = [banks]
+        self._is_laid_out = True
+
+    def _share_work(self, pieces: Sequence[PlannedView]) -> None:
+        """Plans what this rank works on, where there are several.
+
+        Raises:
+            RuntimeError: if the ranks have other parameters or options than each other.
+        """
+        self._comm = comm_of(self._params, self._process_group)
+        if self._comm is None:
+            return
+        shapes = [tuple(param.shape) for param in self._params]
+        alike = (self.param_names, shapes, self.recipe.hyperparameters(), self.recipe.name)
+        if not self._comm.same_everywhere(alike):
+            raise RuntimeError(
+                f"{self.recipe.name}: the ranks have other parameters or options than each other; "
+                "models that are trained apart need process_group= of their own"
+            )
+        options = self.recipe.sharding
+        homes = [home_of(param, self._comm) for param in self._params]
+        work = plan_work(
+            *(pieces, self._params, homes, self.recipe.algorithm),
+            mode=options.sharding,
+            size=self._comm.size,
+        )
+        dtype = self.recipe.numerics.dtype
+        self._together = Together(
+            self._comm,
+            self.recipe.algorithm,
+            num_params=len(self._params),
+            work=work if work.is_shared else None,
+            dtype=dtype,
+            device=self._device,
+        )
+        if not work.is_shared and all(home.whole for home in homes):
+            return
+        exchange_dtype = getattr(torch, options.exchange_dtype) if options.exchange_dtype else dtype
+        self._sharding = Sharding(
+            self._params, work, self._comm, dtype=dtype, exchange_dtype=exchange_dtype
+        )
+        self._global_state = GlobalState(self._params, pieces, self._sharding, self._init_stack)
 
     def _check_foreign(self, state_dict: dict[str, Any]) -> None:
         """Refuses a state dict that another optimizer, version or grouping wrote."""
@@ -437,6 +585,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         gradients = {
             index: param.grad for index, param in enumerate(self._params) if param.grad is not None
         }
+        uneven: set[int] = set()
         for index, grad in gradients.items():
             if grad.is_sparse:
                 raise ValueError(
@@ -444,7 +593,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     "sparse=True"
                 )
         alone = self._capture.alone()
-        norms = self._gradient_norms(gradients, alone)
+        if self._sharding is None:
+            norms = self._gradient_norms(gradients, alone)
+        else:
+            norms, uneven = self._sharding.norms(gradients)
         for index in alone:
             param = self._params[index]
             gradients[index] = param.new_zeros(()).expand(param.shape)
@@ -457,6 +609,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 what = "gradient is not finite, step left out"
                 self._faults.count(bad, "skipped_nonfinite", what, FloatingPointError)
             self._faults.clear(gradients, "skipped_nonfinite")
+        for index in uneven:
+            gradients.pop(index, None)
+        if uneven:
+            what = "has a gradient on some ranks only, step left out"
+            self._faults.count(sorted(uneven), "skipped_nonfinite", what, FloatingPointError)
         for weight, bias in self._joint:
             # Trained together or not at all.
             if (weight in gradients) != (bias in gradients):
@@ -493,7 +650,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         total = torch.linalg.vector_norm(torch.stack([norms[index] for index in gradients]))
         # The small number is torch's.
         factor = (limit / (total + 1e-6)).clamp(max=1)
-        formed = [grad for index, grad in gradients.items() if index not in alone]
+        formed = [local(grad) for index, grad in gradients.items() if index not in alone]
         torch._foreach_mul_(formed, factor)
         self._capture.clip(factor)
 
@@ -502,44 +659,132 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         count = sum(len(group["params"]) for group in self.param_groups)
         self._capture.arm(self._steps or [0] * count)
 
-    def _step_cluster(self, cluster: Sequence[Bank], gradients: Mapping[int, Tensor]) -> None:
-        """Runs all buckets that share parameters, from their gradients to their weights."""
+    def _step_cluster(
+        self,
+        cluster: Sequence[Bank],
+        gradients: Mapping[int, Tensor],
+        work: Mapping[int, Tensor],
+    ) -> None:
+        """Runs all buckets that share parameters, from their gradients to their weights.
+
+        Args:
+            gradients: of the parameters that take part.
+            work: those that this rank works on, as its views expect them.
+        """
         columns_of = self._capture.columns_of(self._steps, self._faults)
         cohorts = [
             cohort
             for bank in cluster
             for cohort in split_into_cohorts(
                 bank,
-                *self._algorithm(bank.bucket),
-                gradients,
+                *self._algorithm(bank.bucket.key[0]),
+                work,
                 self._steps,
                 self.recipe.numerics.dtype,
                 self.steps_per_epoch,
                 columns_of if bank.bucket.key[0] == MAIN else None,
             )
         ]
-        schedule = self.recipe.schedules.lr_schedule
-        scales = {
-            index: cohort.ctx.value(schedule)
-            for cohort in cohorts
-            for slot in cohort.slots
-            for index in slot.params
-        }
-        rates = {
-            index: scale * self.param_groups[self._group_of[index]]["lr"]
-            for index, scale in scales.items()
-        }
-        run(cohorts, owners=self._owners, rates=rates, faults=self._faults, health=self._health)
+        rates = self._rates(cluster, gradients)
+        device = cluster[0].bucket.key[1] if cluster else self._device
+        scope = Scope(
+            stages=self.recipe.stages,
+            owners=self._owners,
+            like=torch.empty((), dtype=self.recipe.numerics.dtype, device=device),
+            comm=self._comm if self._sharding and self._sharding.work.is_shared else None,
+        )
+        run(
+            cohorts, partial(self._update, gradients), scope=scope, rates=rates, health=self._health
+        )
+        weights = self._working_weights(rates)
         for index, rate in rates.items():
             decay = self.param_groups[self._group_of[index]]["weight_decay"]
             if decay != 0:
-                self._params[index].mul_(1 - rate * decay)
+                weights[index].mul_(1 - rate * decay)
+        if self._sharding is None:
+            for cohort in cohorts:
+                for slot, groups in cohort.parts():
+                    alphas = self._alphas(slot, rates, cohort.factor)
+                    slot.add_from_blocks(weights, cohort.direction[groups], alphas)
+        else:
+            self._add_shared(self._sharding, cohorts, weights, rates)
+        self._round_back(weights)
+
+    def _working_weights(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """This rank's parts of parameters; in float32 where they are rounded stochastically."""
+        weights = {index: local(self._params[index]) for index in indices}
+        if not self.recipe.numerics.stochastic_rounding:
+            return weights
+        return {
+            index: weight.float() if weight.dtype in HALF_DTYPES else weight
+            for index, weight in weights.items()
+        }
+
+    def _round_back(self, weights: Mapping[int, Tensor]) -> None:
+        """Rounds weights that were worked on as copies, once for decay and updates together."""
+        for index, weight in weights.items():
+            param = local(self._params[index])
+            if weight.dtype != param.dtype:
+                step = self._steps[index] + 1
+                param.copy_(round_stochastically(weight, param.dtype, step))
+
+    def _rates(
+        self, cluster: Sequence[Bank], gradients: Mapping[int, Tensor]
+    ) -> dict[int, float | Tensor]:
+        """Learning rate of each parameter that takes part; of all of them where ranks share."""
+        here = {index for bank in cluster for index in bank.bucket.params}
+        schedule, scales, rates = self.recipe.schedules.lr_schedule, dict[int, float](), {}
+        for index in gradients:
+            if index in here or self._sharding is not None:
+                step = self._steps[index] + 1
+                if step not in scales:
+                    ctx = StepContext(step=step, steps_per_epoch=self.steps_per_epoch)
+                    scales[step] = ctx.value(schedule)
+                rates[index] = scales[step] * self.param_groups[self._group_of[index]]["lr"]
+        return rates
+
+    def _alphas(
+        self, item: Slot | PlannedView, rates: Mapping[int, float | Tensor], factor: float
+    ) -> list[float | Tensor]:
+        """What a direction is multiplied with before it is added to its parameters."""
+        fallback = item.role == FALLBACK
+        ratio = self.recipe.fallback.fallback_lr_ratio if fallback else 1.0
+        return [-rates[index] * ratio * factor for index in item.params]
+
+    def _add_shared(
+        self,
+        sharding: Sharding,
+        cohorts: Sequence[Cohort],
+        weights: Mapping[int, Tensor],
+        rates: Mapping[int, float | Tensor],
+    ) -> None:
+        """Adds directions to weights, those of other ranks as well."""
+        targets = sharding.targets(weights)
+        sent: dict[tuple[int, str], Tensor] = {}
         for cohort in cohorts:
-            fallback = cohort.stages is NO_STAGES
-            ratio = self.recipe.fallback.fallback_lr_ratio if fallback else 1.0
             for slot, groups in cohort.parts():
-                alphas = [-rates[index] * ratio * cohort.factor for index in slot.params]
-                slot.add_from_blocks(self._params, cohort.direction[groups], alphas)
+                direction = cohort.direction[groups]
+                if sharding.is_exchanged(slot):
+                    sent[slot_key(slot)] = direction * cohort.factor
+                else:
+                    slot.add_from_blocks(
+                        targets, direction, self._alphas(slot, rates, cohort.factor)
+                    )
+        for share, direction in sharding.exchange(sent, weights):
+            alphas = self._alphas(share.view, rates, 1.0)
+            add_from_blocks(share.view, targets, direction, alphas)
+        for index, delta in sharding.delivered(targets):
+            weights[index].add_(delta)
+
+    def _update(self, active: Mapping[int, Tensor], cohorts: Sequence[Cohort]) -> None:
+        """Takes gradients into the statistics, in step with other ranks where there are some."""
+        if self._together is None:
+            updates = Updates()
+            for cohort in cohorts:
+                update_alone(cohort, updates)
+        else:
+            updates = self._together.update(cohorts, active, self._steps)
+        updates.report(self._faults)
 
 
 def _default_views(param: Tensor) -> list[list[Any]]:

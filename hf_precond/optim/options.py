@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_precond.linalg.fused import check_can_compile
 from hf_precond.optim.stages import StageOptions
 from hf_precond.preconditioners.base import Preconditioner, check_options, option
 from hf_precond.preconditioners.diagonal import Adam, Sgd
@@ -82,6 +83,18 @@ class NumericsOptions:
     """Precision, faults and the size of stacks."""
 
     state_dtype: str = option("float32", "dtype of statistics and state", choices=tuple(DTYPES))
+    state_storage: str = option(
+        "state",
+        "dtype of the state between steps: state_dtype, or bfloat16 by stochastic rounding for all "
+        "but bases, matrices whose small eigenvalues count, counters and indices",
+        choices=("state", "bfloat16"),
+    )
+    stochastic_rounding: bool = option(
+        False,
+        "round weights of 16 bits up or down by chance, right in the mean, so that small updates "
+        "and decays count",
+    )
+    compile: bool = option(False, "run the elementwise parts of the step under torch.compile")
     skip_nonfinite: bool = option(
         True,
         "leave out the step of a parameter whose gradient is not finite (one host sync per step)",
@@ -95,11 +108,40 @@ class NumericsOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.compile:
+            check_can_compile()
 
     @property
     def dtype(self) -> torch.dtype:
         """``state_dtype`` as torch knows it."""
         return DTYPES[self.state_dtype]
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """``state_storage`` as torch knows it."""
+        return self.dtype if self.state_storage == "state" else torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardingOptions:
+    """How several ranks share the work and the state."""
+
+    sharding: str = option(
+        "auto",
+        "work and state on every rank, each parameter's on one rank, or each matrix's rows spread "
+        "over ranks; auto: rows where FSDP2 has cut them, else one rank for what FSDP2 has cut, "
+        "every rank otherwise",
+        choices=("auto", "replicated", "owner", "blocks"),
+    )
+    exchange_dtype: str | None = option(
+        None,
+        "dtype of directions that go from the rank that makes them to the others (none: that of "
+        "the state)",
+        choices=("bfloat16", "float32"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +162,7 @@ class Recipe:
     fallback: FallbackOptions
     schedules: ScheduleOptions
     numerics: NumericsOptions
+    sharding: ShardingOptions
 
     @property
     def fallback_algorithm(self) -> Preconditioner:
@@ -141,6 +184,7 @@ class Recipe:
             self.fallback,
             self.schedules,
             self.numerics,
+            self.sharding,
         )
         for part in parts:
             for item in fields(part):  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,14 +19,13 @@ from torch import Tensor
 
 from hf_precond.linalg.eigen import DecompositionError
 from hf_precond.optim.banks import Bank, BankRows
+from hf_precond.optim.comm import Comm
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.health import Health
 from hf_precond.optim.stages import (
     NORM_EPS,
     StageOptions,
-    graft_input,
-    graft_step,
-    graft_update_,
+    graft_,
     momentum_,
 )
 from hf_precond.preconditioners.base import Columns, Preconditioner, State, StepContext
@@ -68,32 +67,55 @@ class Cohort:
             start = stop
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What norms are taken over.
+
+    Attributes:
+        stages: of the algorithm.
+        owners: number of parameters, views and groups of the optimizer, by the names of the scopes.
+        like: a tensor of the state's dtype and device.
+        comm: the ranks that have other parts of the same parameters, if any.
+    """
+
+    stages: StageOptions
+    owners: Mapping[str, int]
+    like: Tensor
+    comm: Comm | None = None
+
+    def sum(self, totals: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over all ranks."""
+        return list(totals) if self.comm is None else self.comm.sum(totals)
+
+
 def run(
     cohorts: Sequence[Cohort],
+    update: Callable[[Sequence[Cohort]], None],
     *,
-    owners: Mapping[str, int],
+    scope: Scope,
     rates: Mapping[int, float | Tensor],
-    faults: Faults,
     health: Health,
 ) -> None:
     """Takes cohorts that share parameters from their gradients to their directions.
 
     Args:
-        owners: number of parameters, views and groups of the optimizer, by the names of the scopes.
+        update: takes gradients into the statistics.
         rates: learning rate of each parameter.
 
     Raises:
         DecompositionError: if a parameter's factorisation failed too often in a row.
     """
-    _precondition(cohorts, owners, faults)
-    _graft(cohorts, owners, health)
-    _clip(cohorts, owners, rates, health)
+    norms = _graft_input_norms(cohorts, scope)
+    update(cohorts)
+    _precondition(cohorts, norms)
+    _graft(cohorts, scope, health)
+    _clip(cohorts, scope, rates, health)
     for cohort in cohorts:
         if cohort.stages.momentum_site == "direction":
             cohort.direction, cohort.factor = momentum_(
                 cohort.stages, cohort.state, cohort.direction, cohort.ctx.step
             )
-        cohort.rows.commit()
+        cohort.rows.commit(cohort.ctx.step)
 
 
 def split_into_cohorts(
@@ -146,24 +168,18 @@ def split_into_cohorts(
         )
 
 
-def _precondition(cohorts: Sequence[Cohort], owners: Mapping[str, int], faults: Faults) -> None:
-    """Takes gradients into the statistics and replaces each moment by its direction."""
-    gradient_norms = _graft_input_norms(cohorts, [c.gradient for c in cohorts], owners)
-    moment_norms = gradient_norms
-    if any(cohort.direction is not cohort.gradient for cohort in cohorts):
-        moment_norms = _graft_input_norms(cohorts, [c.direction for c in cohorts], owners)
-    for cohort, gradient_norm, moment_norm in zip(
-        cohorts, gradient_norms, moment_norms, strict=True
-    ):
-        _update(cohort, faults)
+def _precondition(cohorts: Sequence[Cohort], norms: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Replaces each moment by its direction.
+
+    Args:
+        norms: of each cohort's gradients and moments, as their graft partners see them.
+    """
+    for cohort, (gradient_norm, moment_norm) in zip(cohorts, norms, strict=True):
         stages, moment, step = cohort.stages, cohort.direction, cohort.ctx.step
         partner = None
         if stages.graft != "none":
-            seen = graft_input(stages, cohort.gradient, gradient_norm)
-            graft_update_(stages, cohort.state, seen)
-            if moment is not cohort.gradient:
-                seen = graft_input(stages, moment, moment_norm)
-            partner = graft_step(stages, cohort.state, seen, step)
+            gradient = cohort.gradient, gradient_norm
+            partner = graft_(stages, cohort.state, gradient, (moment, moment_norm), step)
         if step < stages.start_step:
             cohort.direction = cohort.gradient if partner is None else partner
             continue
@@ -172,23 +188,46 @@ def _precondition(cohorts: Sequence[Cohort], owners: Mapping[str, int], faults: 
             cohort.graft_sq = _group_squares(partner)
 
 
-def _update(cohort: Cohort, faults: Faults) -> None:
+@dataclass(slots=True)
+class Updates:
+    """How the updates of a step went.
+
+    Attributes:
+        failed: parameter -> what went wrong.
+        refreshed: parameters whose factorisations were due and succeeded.
+    """
+
+    failed: dict[int, str] = field(default_factory=dict)
+    refreshed: set[int] = field(default_factory=set)
+
+    def report(self, faults: Faults) -> None:
+        """Counts what failed.
+
+        Raises:
+            DecompositionError: if a parameter's factorisation failed too often in a row.
+        """
+        for index in sorted(self.failed):
+            faults.count([index], "failed_updates", self.failed[index], DecompositionError)
+        faults.clear(self.refreshed - set(self.failed), "failed_updates")
+
+
+def update_alone(cohort: Cohort, updates: Updates) -> None:
     """Updates statistics; a failed factorisation leaves only its own parameters' as they were."""
     params = {slot.param for slot in cohort.slots}
     try:
         cohort.algorithm.update(cohort.state, cohort.gradient, cohort.ctx)
     except DecompositionError as error:
         if len(cohort.slots) == 1:
-            faults.count(params, "failed_updates", str(error), DecompositionError)
+            updates.failed |= dict.fromkeys(params, str(error))
             return
         for slot, groups in cohort.parts():
-            _update(_part(cohort, slot, groups), faults)
+            update_alone(part_of(cohort, slot, groups), updates)
         return
     if cohort.ctx.refreshed:
-        faults.clear(params, "failed_updates")
+        updates.refreshed |= params
 
 
-def _part(cohort: Cohort, slot: Slot, groups: slice) -> Cohort:
+def part_of(cohort: Cohort, slot: Slot, groups: slice) -> Cohort:
     """One slot of a cohort as a cohort of its own, on the same state."""
     state = {name: tensor[groups] for name, tensor in cohort.state.items()}
     rows = BankRows(cohort.rows.bank, [slot], state, None)
@@ -204,15 +243,16 @@ def _part(cohort: Cohort, slot: Slot, groups: slice) -> Cohort:
     )
 
 
-def _graft(cohorts: Sequence[Cohort], owners: Mapping[str, int], health: Health) -> None:
+def _graft(cohorts: Sequence[Cohort], scope: Scope, health: Health) -> None:
     """Gives each direction the norm of its graft partner's step."""
-    grafted = [(c, c.graft_sq) for c in cohorts if c.graft_sq is not None]
-    if not grafted:
+    if scope.stages.graft == "none":
         return
+    grafted = [(c, c.graft_sq) for c in cohorts if c.graft_sq is not None]
     members = [cohort for cohort, _ in grafted]
-    scope = members[0].stages.graft_scope
-    wanted = _norms(members, [squares for _, squares in grafted], scope, owners)
-    own = _norms(members, [_group_squares(c.direction) for c in members], scope, owners)
+    wanted_sq = [squares for _, squares in grafted]
+    own_sq = [_group_squares(c.direction) for c in members]
+    kind = scope.stages.graft_scope
+    wanted, own = _norms(members, [wanted_sq, own_sq], kind, scope)
     for cohort, target, norm in zip(members, wanted, own, strict=True):
         ratio = target / (norm + NORM_EPS)
         cohort.direction = cohort.direction * ratio
@@ -220,26 +260,27 @@ def _graft(cohorts: Sequence[Cohort], owners: Mapping[str, int], health: Health)
 
 
 def _clip(
-    cohorts: Sequence[Cohort],
-    owners: Mapping[str, int],
-    rates: Mapping[int, float | Tensor],
-    health: Health,
+    cohorts: Sequence[Cohort], scope: Scope, rates: Mapping[int, float | Tensor], health: Health
 ) -> None:
     """Shortens directions that would move the weights, or the model's outputs, too far."""
-    clipped = [cohort for cohort in cohorts if cohort.stages.clip_mode != "none"]
-    if not clipped:
+    if scope.stages.clip_mode == "none":
         return
-    limit = clipped[0].stages.clip_limit
-    if clipped[0].stages.clip_mode == "update_rms":
-        norms = _norms(clipped, [_group_squares(c.direction) for c in clipped], "parameter", owners)
-        counts = _sizes(clipped, owners)
+    clipped = [cohort for cohort in cohorts if cohort.stages.clip_mode != "none"]
+    limit = scope.stages.clip_limit
+    if scope.stages.clip_mode == "update_rms":
+        squares = [_group_squares(cohort.direction) for cohort in clipped]
+        norms, counts = _norms(clipped, [squares, _sizes(clipped)], "parameter", scope)
+        counts = [count.square() for count in counts]
         ratios = [
             limit * count.sqrt() / norm.clamp(min=NORM_EPS)
             for count, norm in zip(counts, norms, strict=True)
         ]
     else:
-        change = sum(_step_product(cohort, rates) for cohort in clipped)
-        ratio = (limit / torch.as_tensor(change).clamp(min=NORM_EPS)).sqrt()
+        change = scope.like.new_zeros(())
+        for cohort in clipped:
+            change = change + _step_product(cohort, rates)
+        (change,) = scope.sum([change])
+        ratio = (limit / change.clamp(min=NORM_EPS)).sqrt()
         ratios = [ratio] * len(clipped)
     for cohort, ratio in zip(clipped, ratios, strict=True):
         factor = ratio.clamp(max=1)
@@ -256,41 +297,45 @@ def _step_product(cohort: Cohort, rates: Mapping[int, float | Tensor]) -> Tensor
     return (inner * lr.to(inner).repeat_interleave(sizes.to(inner.device)).square()).sum()
 
 
-def _sizes(cohorts: Sequence[Cohort], owners: Mapping[str, int]) -> list[Tensor]:
-    """Entries of the whole parameter that each group is a part of, ``[G, 1, 1]``."""
-    counts = [cohort.gradient.new_full(cohort.gradient.shape[:1], 1.0) for cohort in cohorts]
-    entries = [
-        count * cohort.gradient[0].numel() for count, cohort in zip(counts, cohorts, strict=True)
-    ]
-    return [norm.square() for norm in _norms(cohorts, entries, "parameter", owners)]
+def _sizes(cohorts: Sequence[Cohort]) -> list[Tensor]:
+    """Entries of each group, ``[G]``."""
+    return [c.gradient.new_full(c.gradient.shape[:1], c.gradient[0].numel()) for c in cohorts]
 
 
-def _graft_input_norms(
-    cohorts: Sequence[Cohort], tensors: Sequence[Tensor], owners: Mapping[str, int]
-) -> list[Tensor]:
-    """Norms over whole parameters for normalized grafts; ones where nobody asks for them."""
-    if any(cohort.stages.graft_normalizes for cohort in cohorts):
-        squares = [_group_squares(tensor) for tensor in tensors]
-        return _norms(cohorts, squares, "parameter", owners)
-    return [tensor.new_ones(()) for tensor in tensors]
+def _graft_input_norms(cohorts: Sequence[Cohort], scope: Scope) -> list[tuple[Tensor, Tensor]]:
+    """Norms of gradients and of moments over whole parameters, for normalized grafts; ones where
+    nobody asks for them."""
+    if not scope.stages.graft_normalizes:
+        one = scope.like.new_ones(())
+        return [(one, one) for _ in cohorts]
+    squares = [_group_squares(cohort.gradient) for cohort in cohorts]
+    if scope.stages.momentum_site == "direction":
+        (norms,) = _norms(cohorts, [squares], "parameter", scope)
+        return list(zip(norms, norms, strict=True))
+    of_moments = [_group_squares(cohort.direction) for cohort in cohorts]
+    norms, moment_norms = _norms(cohorts, [squares, of_moments], "parameter", scope)
+    return list(zip(norms, moment_norms, strict=True))
 
 
 def _norms(
-    cohorts: Sequence[Cohort],
-    squares: Sequence[Tensor],
-    scope: str,
-    owners: Mapping[str, int],
-) -> list[Tensor]:
+    cohorts: Sequence[Cohort], squares: Sequence[Sequence[Tensor]], kind: str, scope: Scope
+) -> list[list[Tensor]]:
     """Norms over whole parameters, views or groups from squares per group ``[G]``.
 
+    Args:
+        squares: several kinds of them, each with one tensor for each cohort.
+
     Returns:
-        one tensor ``[G, 1, 1]`` per cohort.
+        of each kind one tensor ``[G, 1, 1]`` for each cohort.
     """
-    indices = [cohort.rows.owner(scope) for cohort in cohorts]
-    total = squares[0].new_zeros(owners[scope])
-    for index, square in zip(indices, squares, strict=True):
-        total.index_add_(0, index, square)
-    return [total[index].sqrt()[:, None, None] for index in indices]
+    indices = [cohort.rows.owner(kind) for cohort in cohorts]
+    totals = [scope.like.new_zeros(scope.owners[kind]) for _ in squares]
+    for total, of_kind in zip(totals, squares, strict=True):
+        for index, square in zip(indices, of_kind, strict=True):
+            total.index_add_(0, index, square)
+    return [
+        [total[index].sqrt()[:, None, None] for index in indices] for total in scope.sum(totals)
+    ]
 
 
 def _group_squares(x_GMB: Tensor) -> Tensor:

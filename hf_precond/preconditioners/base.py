@@ -9,7 +9,7 @@ safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from math import inf
 from types import MappingProxyType
@@ -168,9 +168,42 @@ class StepContext:
         """The value of a schedule at this step."""
         return schedule.at(self.step, self.epoch)
 
-    def sum_over_blocks(self, x: Tensor) -> Tensor:
-        """Sums over the ranks that share the M axis; the identity where M is not split."""
-        return x
+
+@dataclass(frozen=True, slots=True)
+class SumOverBlocks:
+    """Asks for sums over the ranks that share the M axis of tensors ``[G, ...]``.
+
+    What follows the first dimension may depend on the block size, not on M.
+    """
+
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FromOneRank:
+    """Asks for one rank's result in place of everybody's own, so that all have the same bits.
+
+    Two processes may round a factorisation of the same matrix differently. ``tensors`` are
+    ``[G, ...]``, or ``[G, M, ...]`` where ``per_block``.
+    """
+
+    tensors: tuple[Tensor, ...]
+    per_block: bool = False
+
+
+Rounds = Generator["SumOverBlocks | FromOneRank", tuple[Tensor, ...], State]
+"""An update that asks other ranks on its way and returns the state it would write."""
+
+
+def alone(rounds: Rounds) -> State:
+    """Runs an update where this process has all blocks: every answer is the question."""
+    answer: tuple[Tensor, ...] | None = None
+    while True:
+        try:
+            answer = (next(rounds) if answer is None else rounds.send(answer)).tensors
+        except StopIteration as end:
+            state: State = end.value
+            return state
 
 
 def is_due(step: int, interval: int) -> bool:
@@ -180,7 +213,12 @@ def is_due(step: int, interval: int) -> bool:
 
 @runtime_checkable
 class Preconditioner(Protocol):
-    """A frozen dataclass whose fields are the hyperparameters of one algorithm."""
+    """A frozen dataclass whose fields are the hyperparameters of one algorithm.
+
+    One that has the class attribute ``rows_may_split`` works where the blocks of a group lie on
+    several ranks: its blocks are independent, or its update has a form ``update_in_rounds(state, g,
+    ctx) -> Rounds`` that names every sum over blocks.
+    """
 
     def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
         """Allocates the state of G groups; every tensor has leading dimension G."""
@@ -215,6 +253,12 @@ def placement(algorithm: Preconditioner, shape: Shape) -> Placement:
     """Asks an algorithm for the placement of a view; one without an opinion takes it whole."""
     place = getattr(algorithm, "place", None)
     return Placement() if place is None else place(shape)
+
+
+def exact_state(algorithm: Preconditioner) -> tuple[str, ...]:
+    """Names of the state tensors that an algorithm wants with all their bits, as it declares them:
+    bases, matrices whose small eigenvalues count, counters and indices."""
+    return getattr(algorithm, "exact_state", ())
 
 
 def layer_needs(algorithm: Preconditioner) -> LayerNeeds | None:

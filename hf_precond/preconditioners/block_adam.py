@@ -13,6 +13,7 @@ makes a smaller block. Deviation: roots are recomputed every ``root_interval`` s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ from hf_precond.preconditioners.base import (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockAdam:
     """Full-matrix Adam over small blocks of each row."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("second_moment",)
+
+    rows_may_split: ClassVar[bool] = True
 
     block_size: int = option(8, "weights of a block; the last of a row may be smaller", low=1)
     root_interval: int = option(1, "steps between inverse roots", low=1)

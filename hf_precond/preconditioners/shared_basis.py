@@ -43,8 +43,10 @@ deflation, the same
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from math import ceil, isqrt
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,10 +55,14 @@ from hf_precond.linalg.eigen import eigh, eigvalsh
 from hf_precond.linalg.subspace import orthonormal, random_basis, top_ritz_basis
 from hf_precond.linalg.symmetric import pack, packed_size, triangle, unpack
 from hf_precond.preconditioners.base import (
+    FromOneRank,
     OptimizerInfo,
+    Rounds,
     Shape,
     State,
     StepContext,
+    SumOverBlocks,
+    alone,
     check_options,
     option,
 )
@@ -79,6 +85,10 @@ _TAIL_FLOOR = 0.01
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedBasis:
     """Second moments of all blocks of a group in one shared low-rank basis."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("basis",)
+
+    rows_may_split: ClassVar[bool] = True
 
     rank: int = option(32, "columns of the shared basis", symbol="k", low=1)
     num_iters: int = option(1, "subspace iterations per basis update", low=1)
@@ -162,12 +172,18 @@ class SharedBasis:
         return state
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
+        # Written only when all is computed: after a failed factorisation basis and roots still fit.
+        for name, value in alone(self.update_in_rounds(state, g_GMB, ctx)).items():
+            state[name].copy_(value)
+
+    def update_in_rounds(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Rounds:
+        """The update where other ranks may have more blocks of the same groups."""
         rank = self.effective_rank(g_GMB.shape[-1])
         new: State = {}
         spectrum: Spectrum | None = None
         changed = True
         if ctx.due(self.update_interval):
-            new, spectrum = self._update_basis(state, g_GMB, rank, ctx)
+            new, spectrum = yield from self._update_basis(state, g_GMB, rank, ctx)
         elif ctx.due(self.coef_interval or self.update_interval):
             if self._root_due(ctx, changed=True):
                 # The roots' factorisation may fail and be repeated: nothing may count twice.
@@ -176,10 +192,8 @@ class SharedBasis:
         else:
             changed = False
         if self._root_due(ctx, changed=changed):
-            new |= self._root({**state, **new}, rank, spectrum, ctx)
-        # Written only when all is computed: after a failed factorisation basis and roots still fit.
-        for name, value in new.items():
-            state[name].copy_(value)
+            new |= yield from self._root({**state, **new}, rank, spectrum)
+        return new
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         rank = self.effective_rank(g_GMB.shape[-1])
@@ -224,14 +238,15 @@ class SharedBasis:
 
     def _update_basis(
         self, state: State, g_GMB: Tensor, rank: int, ctx: StepContext
-    ) -> tuple[State, Spectrum | None]:
+    ) -> Generator[Any, tuple[Tensor, ...], tuple[State, Spectrum | None]]:
         """One basis update; also the spectrum of the new coefficients if it was needed."""
         decay, weight = self._weights
         coef = self._load(state["coef"], rank)
         norm_sq = row_squares(g_GMB)
         # A is of fourth order in the gradient: without a common scale float32 over- and underflows.
         mass = decay * trace(coef).sum(-1) + weight * norm_sq.sum(-1)
-        scale_G = nonzero(ctx.sum_over_blocks(mass))
+        (mass,) = yield SumOverBlocks((mass,))
+        scale_G = nonzero(mass)
         scale_GM = scale_G.unsqueeze(-1)
         moments = Moments.of(
             basis=state["basis"][..., :rank],
@@ -241,20 +256,21 @@ class SharedBasis:
             norm_sq=norm_sq / scale_GM,
             decay=decay,
             weight=weight,
-            ctx=ctx,
         )
-        columns = self._iterate(state["basis"], moments)
+        columns = yield from self._iterate(state["basis"], moments, ctx)
         turn = BasisTurn.of(moments, columns[..., :rank])
         coef = turn.coef()
         wanted = self.pool == 0 and self._root_due(ctx, changed=True)
         spectrum = eigh(coef) if wanted else None
         lowest = self._lowest(coef, spectrum)
+        if self.deflate:
+            (lowest,) = yield FromOneRank((lowest,), per_block=True)
         if self.escaped_norm == "mean":
             norm = lowest + turn.mean_residual()
         elif self.escaped_norm == "block":
             norm = turn.block_norm(lowest)
         else:
-            norm = turn.exact_norm(coef, lowest)
+            (norm,) = yield FromOneRank((turn.exact_norm(coef, lowest),), per_block=True)
         coef.diagonal(dim1=-2, dim2=-1).sub_(lowest.unsqueeze(-1))
         new = {
             "basis": columns,
@@ -296,7 +312,9 @@ class SharedBasis:
         if self.tail == "diagonal":
             state["tail_sq"].mul_(decay).addcmul_(residual, residual, value=weight)
 
-    def _iterate(self, columns: Tensor, moments: Moments) -> Tensor:
+    def _iterate(
+        self, columns: Tensor, moments: Moments, ctx: StepContext
+    ) -> Generator[Any, tuple[Tensor, ...], Tensor]:
         """Subspace iteration on A = sum_i M_i M_i^T from the previous (or a fresh random) basis."""
         rank = moments.basis.shape[-1]
         # From the previous basis itself the first product with the gradients is there already.
@@ -305,18 +323,25 @@ class SharedBasis:
             # The seed of the step is mixed in so that every update draws anew.
             columns = random_basis(
                 *columns.shape[-2:],
-                seed=self.seed + 1_000_003 * moments.ctx.step,
+                seed=self.seed + 1_000_003 * ctx.step,
                 dtype=columns.dtype,
                 device=columns.device,
             ).expand_as(columns)
-        total = moments.trace()
-        shift = total * (1e-8 if columns.dtype == torch.float64 else 1e-6)
-        keep = (total == 0)[:, None, None]
-        for _ in range(self.num_iters):
-            product = moments.times(columns, projected).add_(shift[:, None, None] * columns)
+        trace_A = moments.trace()
+        for number in range(self.num_iters):
+            product = moments.times(columns, projected)
+            if number == 0:
+                product, trace_A = yield SumOverBlocks((product, trace_A))
+            else:
+                (product,) = yield SumOverBlocks((product,))
+            shift = trace_A * (1e-8 if columns.dtype == torch.float64 else 1e-6)
+            keep = (trace_A == 0)[:, None, None]
+            product = product + shift[:, None, None] * columns
             columns, projected = torch.where(keep, columns, orthonormal(product)), None
         if columns.shape[-1] > rank:
-            columns = torch.where(keep, columns, top_ritz_basis(columns, moments.times(columns)))
+            (product,) = yield SumOverBlocks((moments.times(columns),))
+            columns = torch.where(keep, columns, top_ritz_basis(columns, product))
+        (columns,) = yield FromOneRank((columns,))
         return columns
 
     def _lowest(self, coef: Tensor, spectrum: Spectrum | None) -> Tensor:
@@ -326,9 +351,13 @@ class SharedBasis:
         values = spectrum[0] if spectrum is not None else eigvalsh(coef)
         return values[..., 0].clamp(min=0)
 
-    def _root(self, state: State, rank: int, spectrum: Spectrum | None, ctx: StepContext) -> State:
+    def _root(
+        self, state: State, rank: int, spectrum: Spectrum | None
+    ) -> Generator[Any, tuple[Tensor, ...], State]:
         """(R_i + c_i I)^(-1/2) - c_i^(-1/2) I and c_i^(-1/2), c_i = rho_i + eps."""
-        values, vectors = spectrum or self._spectrum(self._load(state["coef"], rank), ctx)
+        if spectrum is None:
+            spectrum = yield from self._spectrum(self._load(state["coef"], rank))
+        values, vectors = spectrum
         values = values.clamp(min=0)
         tail = state["escaped_mass"] + self.eps
         if values.dtype != torch.float64:
@@ -336,14 +365,15 @@ class SharedBasis:
             tail = torch.maximum(tail, 1e-6 * values[..., -1])
         tail_root = tail.rsqrt()
         weights = (values + tail.unsqueeze(-1)).rsqrt() - tail_root.unsqueeze(-1)
-        root = (vectors * weights.unsqueeze(-2)) @ vectors.mT
-        return {"root": self._store(root), "root_tail": tail_root}
+        root = self._store((vectors * weights.unsqueeze(-2)) @ vectors.mT)
+        root, tail_root = yield FromOneRank((root, tail_root), per_block=True)
+        return {"root": root, "root_tail": tail_root}
 
-    def _spectrum(self, coef: Tensor, ctx: StepContext) -> Spectrum:
+    def _spectrum(self, coef: Tensor) -> Generator[Any, tuple[Tensor, ...], Spectrum]:
         """Eigenvalues ``[G, M, K]`` and vectors of the coefficients, pooled over the blocks."""
         if self.pool == 0:
             return eigh(coef)
-        total = ctx.sum_over_blocks(coef.sum(1, keepdim=True))
+        (total,) = yield SumOverBlocks((coef.sum(1, keepdim=True),))
         size = trace(coef) / nonzero(trace(total))
         if self.pool == 1:
             # One decomposition a group: all blocks have its vectors.

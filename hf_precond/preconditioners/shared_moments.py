@@ -14,15 +14,14 @@ from torch import Tensor
 
 from hf_precond.linalg.eigen import eigvalsh
 from hf_precond.linalg.subspace import orthonormal
-from hf_precond.preconditioners.base import StepContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
     """The implicit matrices M_i = a Q R_i Q^T + c g_i g_i^T and A = sum_i M_i M_i^T.
 
-    All second moments are in units of ``scale``; the gradients are divided by its root only after
-    they have been multiplied with something thin.
+    Sums run over the blocks at hand. All second moments are in units of ``scale``; the gradients
+    are divided by its root only after they have been multiplied with something thin.
     """
 
     basis: Tensor  # Q             [G, B, K]
@@ -35,7 +34,6 @@ class Moments:
     coef_sq: Tensor  # sum_i R_i^2 [G, K, K]
     decay: float
     weight: float
-    ctx: StepContext
 
     @classmethod
     def of(
@@ -48,7 +46,6 @@ class Moments:
         norm_sq: Tensor,
         decay: float,
         weight: float,
-        ctx: StepContext,
     ) -> Moments:
         x = g @ basis / scale.sqrt()
         flat = coef.flatten(1, 2)
@@ -60,10 +57,9 @@ class Moments:
             x=x,
             z=matvec(coef, x),
             norm_sq=norm_sq,
-            coef_sq=ctx.sum_over_blocks(flat.mT @ flat),
+            coef_sq=flat.mT @ flat,
             decay=decay,
             weight=weight,
-            ctx=ctx,
         )
 
     def trace(self) -> Tensor:
@@ -71,17 +67,16 @@ class Moments:
         from_gradient = 2 * self.decay * self.weight * (self.x * self.z).sum(
             (-2, -1)
         ) + self.weight**2 * self.norm_sq.square().sum(-1)
-        return self.decay**2 * trace(self.coef_sq) + self.ctx.sum_over_blocks(from_gradient)
+        return self.decay**2 * trace(self.coef_sq) + from_gradient
 
     def times(self, y_GBL: Tensor, gy: Tensor | None = None) -> Tensor:
         """A @ y for thin y ``[G, B, L]``, in 4 m b L flops; half where ``project(y)`` is given."""
         a, c = self.decay, self.weight
         inner = self.basis.mT @ y_GBL
         gy = self.project(y_GBL) if gy is None else gy
-        small = a**2 * (self.coef_sq @ inner) + a * c * self.ctx.sum_over_blocks(self.z.mT @ gy)
+        small = a**2 * (self.coef_sq @ inner) + a * c * (self.z.mT @ gy)
         mixed = a * c * (self.z @ inner) + c**2 * (self.norm_sq.unsqueeze(-1) * gy)
-        lifted = self.g.mT @ mixed / self.scale.sqrt()
-        return self.basis @ small + self.ctx.sum_over_blocks(lifted)
+        return self.basis @ small + self.g.mT @ mixed / self.scale.sqrt()
 
     def project(self, y_GBL: Tensor) -> Tensor:
         """y^T g_i ``[G, M, L]`` in units of the root of ``scale``."""

@@ -14,6 +14,20 @@ from hf_precond.views.view import ParamView
 
 AnyView = ParamView | Tiles | Joint
 Key = tuple[str, torch.device, int]
+Range = tuple[int, int]
+Tensors = Mapping[int, Tensor] | Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """The part of a whole stack ``[G, M, B]`` that one rank works on, as ranges."""
+
+    groups: Range
+    rows: Range
+    columns: Range
+
+    def __str__(self) -> str:
+        return ",".join(f"{low}:{high}" for low, high in (self.groups, self.rows, self.columns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +41,8 @@ class PlannedView:
         number: index of the window among all windows of the optimizer.
         first_group: index of the window's first group among all groups of the optimizer.
         key: views stack only with views of an equal key (role, device, chunk).
+        piece: index among all views that are stacked, tiles of several sizes apart.
+        extent: what of the piece the view has; None for all of it.
     """
 
     param: int
@@ -35,6 +51,18 @@ class PlannedView:
     number: int = 0
     first_group: int = 0
     key: Key
+    piece: int = 0
+    extent: Extent | None = None
+
+    @property
+    def role(self) -> str:
+        """What works on it: the algorithm, the graft step alone, or the fallback."""
+        return self.key[0]
+
+    @property
+    def params(self) -> tuple[int, ...]:
+        """Indices of the parameter and, in a joint view, of its bias."""
+        return (self.param,) if self.bias is None else (self.param, self.bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +74,9 @@ class Slot:
     bias: int | None
     number: int
     first_group: int
+    piece: int
+    extent: Extent | None
+    role: str
     start: int
     stop: int
 
@@ -59,15 +90,14 @@ class Slot:
         return self.view.to_blocks(*(tensors[index] for index in self.params))
 
     def add_from_blocks(
-        self, params: Sequence[Tensor], blocks: Tensor, alphas: Sequence[float | Tensor]
+        self, params: Tensors, blocks: Tensor, alphas: Sequence[float | Tensor]
     ) -> None:
         """Adds blocks to its parameters, in place, each with its own factor."""
-        if isinstance(self.view, Joint):
-            assert self.bias is not None
-            weight, bias = params[self.param], params[self.bias]
-            self.view.add_from_blocks(weight, bias, blocks, (alphas[0], alphas[1]))
-        else:
-            self.view.add_from_blocks(params[self.param], blocks, alphas[0])
+        add_from_blocks(self, params, blocks, alphas)
+
+    def part_of(self, whole: Sequence[float]) -> Sequence[float]:
+        """What belongs to the slot's groups of one number for each group of its piece."""
+        return whole if self.extent is None else whole[slice(*self.extent.groups)]
 
     def owners(self, scope: str) -> list[int]:
         """For each group of the slot, the parameter, view or group it is a part of.
@@ -77,8 +107,21 @@ class Slot:
         size = self.stop - self.start
         if scope == "group":
             tiles = self.view.tiles_per_group
-            return [self.first_group + index // tiles for index in range(size)]
+            first = self.extent.groups[0] if self.extent else 0
+            return [self.first_group + (first + index) // tiles for index in range(size)]
         return [self.param if scope == "parameter" else self.number] * size
+
+
+def add_from_blocks(
+    item: Slot | PlannedView, params: Tensors, blocks: Tensor, alphas: Sequence[float | Tensor]
+) -> None:
+    """Adds blocks of a view to its parameters, in place, each with its own factor."""
+    if isinstance(item.view, Joint):
+        assert item.bias is not None
+        weight, bias = params[item.param], params[item.bias]
+        item.view.add_from_blocks(weight, bias, blocks, (alphas[0], alphas[1]))
+    else:
+        item.view.add_from_blocks(params[item.param], blocks, alphas[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +187,9 @@ def _bucket(items: Sequence[PlannedView]) -> Bucket:
                 bias=item.bias,
                 number=item.number,
                 first_group=item.first_group,
+                piece=item.piece,
+                extent=item.extent,
+                role=item.role,
                 start=start,
                 stop=stop,
             )

@@ -1,0 +1,176 @@
+"""Statistics of a step where several ranks train the same weights.
+
+Either ranks share the work: they sum over blocks that lie apart, and tell each other what failed.
+Or each does all of it: then what a factorisation gives is taken from one rank, because others may
+have rounded it differently, and their weights would drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from hf_precond.optim.banks import BankRows
+from hf_precond.optim.comm import Comm
+from hf_precond.optim.pipeline import Cohort, Updates, part_of, update_alone
+from hf_precond.optim.rounds import Stack, update_in_lockstep
+from hf_precond.optim.work import Work
+from hf_precond.preconditioners.base import Preconditioner, StepContext
+
+_ELSEWHERE = "a factorisation failed on another rank"
+
+
+class Together:
+    """Updates the statistics of a rank's cohorts in step with other ranks.
+
+    Args:
+        algorithm: of the matrices.
+        num_params: number of all parameters.
+        work: who works on what; None where every rank does everything.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        algorithm: Preconditioner,
+        *,
+        num_params: int,
+        work: Work | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._comm, self._algorithm, self._work = comm, algorithm, work
+        self._num_params = num_params
+        self._dtype, self._device = dtype, device
+        self._in_rounds = hasattr(algorithm, "update_in_rounds")
+        self._places: WeakKeyDictionary[BankRows, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+    def update(
+        self, cohorts: Sequence[Cohort], active: Collection[int], steps: Sequence[int]
+    ) -> Updates:
+        """Takes gradients into the statistics.
+
+        Args:
+            active: parameters that take part in this step, on any rank.
+            steps: done so far, per parameter.
+        """
+        updates = Updates()
+        linked = [cohort for cohort in cohorts if self._is_linked(cohort)]
+        single = [cohort for cohort in cohorts if not self._is_linked(cohort)]
+        for cohort in single:
+            update_alone(cohort, updates)
+        if self._in_rounds and (self._work is None or self._work.sums):
+            updates.failed |= update_in_lockstep(
+                [self._stack(cohort) for cohort in linked],
+                self._probes(active, steps),
+                self._comm,
+                shared_blocks=self._work is not None,
+                num_params=self._num_params,
+            )
+            updates.refreshed |= {
+                slot.param for cohort in linked if cohort.ctx.refreshed for slot in cohort.slots
+            }
+        alike = self._comm if self._work is None else self._comm.replicas
+        if alike is not None:
+            self._take_from_first(single, alike)
+        self._tell(updates)
+        return updates
+
+    def _is_linked(self, cohort: Cohort) -> bool:
+        """Whether an update asks other ranks on its way."""
+        if not self._in_rounds or cohort.algorithm is not self._algorithm:
+            return False
+        return self._work is None or cohort.slots[0].piece in self._work.sums
+
+    def _tell(self, updates: Updates) -> None:
+        """Brings together what failed, and what went well, on all ranks."""
+        flags = torch.zeros(2, self._num_params, device=self._device)
+        flags[0, list(updates.failed)] = 1
+        flags[1, list(updates.refreshed)] = 1
+        flags = self._comm.sum_everywhere(flags)
+        failed, refreshed = (row.nonzero().flatten().tolist() for row in flags)
+        updates.failed = {index: updates.failed.get(index, _ELSEWHERE) for index in failed}
+        updates.refreshed = set(refreshed)
+
+    def _take_from_first(self, cohorts: Sequence[Cohort], comm: Comm) -> None:
+        """Replaces what has just been factorised by the first rank's of those that did the same."""
+        tensors = []
+        for cohort in cohorts:
+            if cohort.ctx.refreshed:
+                meta = torch.device("meta")
+                stage = cohort.stages.init((1, 1, 1), dtype=self._dtype, device=meta)
+                tensors += [value for name, value in cohort.state.items() if name not in stage]
+        comm.broadcast_(tensors)
+
+    def _stack(self, cohort: Cohort) -> Stack:
+        size = cohort.gradient.shape[0]
+        if self._work is None:
+            kind: tuple[int, ...] = (cohort.ctx.step, *(slot.piece for slot in cohort.slots))
+            places = size
+        else:
+            columns, _ = self._work.sums[cohort.slots[0].piece]
+            kind, places = (columns, cohort.ctx.step), self._work.places[columns]
+        if cohort.rows not in self._places:
+            self._places[cohort.rows] = self._index_and_leads(cohort)
+        index, leads = self._places[cohort.rows]
+        return Stack(
+            algorithm=cohort.algorithm,
+            state=cohort.state,
+            gradient=cohort.gradient,
+            ctx=cohort.ctx,
+            params=frozenset(slot.param for slot in cohort.slots),
+            kind=kind,
+            places=places,
+            index=index,
+            leads=leads,
+            split=partial(self._split, cohort),
+        )
+
+    def _split(self, cohort: Cohort) -> Iterable[Stack]:
+        return [self._stack(part_of(cohort, *part)) for part in cohort.parts()]
+
+    def _index_and_leads(self, cohort: Cohort) -> tuple[Tensor, Tensor]:
+        if self._work is None:
+            size = cohort.gradient.shape[0]
+            index = torch.arange(size)
+            leads = torch.full((size,), self._comm.rank == 0)
+        else:
+            places, leading = [], []
+            for slot in cohort.slots:
+                assert slot.extent is not None
+                first = self._work.sums[slot.piece][1]
+                for group in range(*slot.extent.groups):
+                    places.append(first + group)
+                    leading.append(self._work.leaders[slot.piece][group] == self._comm.rank)
+            index, leads = torch.tensor(places), torch.tensor(leading)
+        return index.to(self._device), leads.to(self._device)
+
+    def _probes(self, active: Collection[int], steps: Sequence[int]) -> list[Stack]:
+        """A stack of no groups for each kind of update that some rank has in this step."""
+        if self._work is None:
+            return []
+        kinds = {
+            (self._work.sums[share.view.piece][0], steps[share.view.param] + 1)
+            for share in self._work.shares
+            if share.view.piece in self._work.sums and share.view.param in active
+        }
+        return [self._probe(columns, step) for columns, step in sorted(kinds)]
+
+    def _probe(self, columns: int, step: int) -> Stack:
+        assert self._work is not None
+        nothing = torch.zeros(0, dtype=torch.long, device=self._device)
+        shape = (0, 1, columns)
+        return Stack(
+            algorithm=self._algorithm,
+            state=self._algorithm.init(shape, dtype=self._dtype, device=self._device),
+            gradient=torch.zeros(shape, dtype=self._dtype, device=self._device),
+            ctx=StepContext(step=step),
+            kind=(columns, step),
+            places=self._work.places[columns],
+            index=nothing,
+            leads=nothing.bool(),
+        )
