@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
+from hf_precond.optim.flat_parameters import check_model_not_flat
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import (
     FallbackOptions,
@@ -225,6 +226,7 @@ def create_optimizer(
     recipe = resolve(name, options)
     if not isinstance(model, nn.Module):
         return PreconditionedOptimizer(model, recipe, lr=lr, weight_decay=weight_decay)
+    check_model_not_flat(model)
     groups = param_groups(model, recipe, rules=rules, weight_decay=weight_decay)
     optimizer = PreconditionedOptimizer(groups, recipe, lr=lr, weight_decay=weight_decay)
     optimizer.attach(model)

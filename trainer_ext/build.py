@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from hf_precond import explain
+from hf_precond.optim.flat_parameters import check_model_not_flat, flat_message
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
 from hf_precond.preconditioners.base import layer_needs
@@ -134,7 +135,7 @@ def build_optimizer(
     Raises:
         ValueError: unknown name or option, a value out of range, sharded or foreign parameters.
     """
-    check_not_flat(model)
+    check_model_not_flat(model)
     recipe = resolve(name, options)
     layout = make_layout(model, recipe)
     groups = decay_groups(model, weight_decay) if groups is None else groups
@@ -167,8 +168,8 @@ def optimizer_cls_and_kwargs(
             "Call get_optimizer_cls_and_kwargs(args, model)"
         )
     if getattr(args.distributed_state, "distributed_type", None) == DistributedType.DEEPSPEED:
-        raise ValueError(_flat_message("DeepSpeed"))
-    check_not_flat(model)
+        raise ValueError(flat_message("DeepSpeed"))
+    check_model_not_flat(model)
     recipe = resolve(name, options_from(args, name))
     # More than one GPU in one process: the Trainer wraps the model in nn.DataParallel.
     if layer_needs(recipe.algorithm) is not None and args.n_gpu > 1:
@@ -274,20 +275,6 @@ def target_rules(targets: str | Sequence[str] | None) -> tuple[Rule, ...]:
         return fallback("not in optim_target_modules")
 
     return (target_rule,)
-
-
-def check_not_flat(model: nn.Module) -> None:
-    """Raises ValueError where FSDP version 1 has flattened the parameters."""
-    # By name: importing torch.distributed.fsdp takes seconds, and most runs never use it.
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError(_flat_message("FSDP version 1"))
-
-
-def _flat_message(what: str) -> str:
-    return (
-        f"{what} hands the optimizer flat one-dimensional parameters, in which no layer can be "
-        "preconditioned. Use DDP or FSDP version 2 (fsdp_version: 2)"
-    )
 
 
 def plan_line(optimizer: PreconditionedOptimizer) -> str:

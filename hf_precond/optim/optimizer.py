@@ -24,6 +24,7 @@ from hf_precond.optim.banks import Bank
 from hf_precond.optim.capture import Capture, LayerInputError
 from hf_precond.optim.comm import Comm
 from hf_precond.optim.faults import Faults
+from hf_precond.optim.flat_parameters import check_not_flat
 from hf_precond.optim.global_state import GlobalState
 from hf_precond.optim.health import Health
 from hf_precond.optim.layer_columns import ColumnSource
@@ -150,6 +151,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _take_views(group: dict[str, Any]) -> None:
         """Gives a group its views, by the shapes where it brings none, and checks them."""
+        for param in group["params"]:
+            check_not_flat(param)
         views = group.setdefault("views", [_default_views(param) for param in group["params"]])
         layers = group.setdefault("layers", [[] for _ in group["params"]])
         for key, entries in (("views", views), ("layers", layers)):
