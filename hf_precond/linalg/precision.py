@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -21,3 +22,13 @@ def highest_matmul_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(previous)
+
+
+def flushed(moments: Tensor) -> Tensor:
+    """Returns second moments, zero where their reciprocals would leave the range of the dtype.
+
+    In float32 squares of gradients below 1e-16 are such moments: what is divided by a share of them
+    would be infinite long before they are zero themselves.
+    """
+    info = torch.finfo(moments.dtype)
+    return torch.where(moments > info.tiny / info.eps, moments, torch.zeros_like(moments))

@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.eigen import DecompositionError, eigh
+
 # A unit vector with less than this outside a span lies in it.
 _NEW_DIRECTION = 1e-6
 
 
 def orthonormal(y_BK: Tensor) -> Tensor:
-    """Returns an orthonormal basis of the range of ``y`` ``[..., B, K]``, K <= B, by QR."""
-    return torch.linalg.qr(y_BK).Q
+    """Returns an orthonormal basis of the range of ``y`` ``[..., B, K]``, K <= B, by QR.
+
+    Raises:
+        DecompositionError: if the QR decomposition fails in float64, too.
+    """
+    return _qr(y_BK)[0]
 
 
 def random_basis(
@@ -32,17 +38,39 @@ def top_ritz_basis(y_BL: Tensor, ay_BL: Tensor) -> Tensor:
     Args:
         y_BL: orthonormal ``[..., B, L]``.
         ay_BL: ``A @ y`` for a symmetric A.
+
+    Raises:
+        DecompositionError: if the eigendecomposition fails in float64, too.
     """
     projected = y_BL.mT @ ay_BL
-    _, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+    _, vectors = eigh((projected + projected.mT) / 2)
     return y_BL @ vectors.flip(-1)
 
 
 def positive_qr(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (Q, diagonal of R), the diagonal not negative: columns keep their direction."""
-    factors = torch.linalg.qr(x_NK)
-    diagonal = factors.R.diagonal(dim1=-2, dim2=-1)
-    return torch.where((diagonal < 0).unsqueeze(-2), -factors.Q, factors.Q), diagonal.abs()
+    """Returns (Q, diagonal of R), the diagonal not negative: columns keep their direction.
+
+    Raises:
+        DecompositionError: if the QR decomposition fails in float64, too.
+    """
+    q_NK, r_KK = _qr(x_NK)
+    diagonal = r_KK.diagonal(dim1=-2, dim2=-1)
+    return torch.where((diagonal < 0).unsqueeze(-2), -q_NK, q_NK), diagonal.abs()
+
+
+def _qr(x_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (Q, R), retried once in float64.
+
+    Unlike eigenvectors and singular vectors, Q is a product of reflections: where the solver ends,
+    its columns are orthonormal, so nobody checks them.
+    """
+    for dtype in dict.fromkeys((x_NK.dtype, torch.float64)):
+        try:
+            factors = torch.linalg.qr(x_NK.to(dtype))
+        except torch.linalg.LinAlgError:
+            continue
+        return factors.Q.to(x_NK.dtype), factors.R.to(x_NK.dtype)
+    raise DecompositionError(f"QR of {tuple(x_NK.shape)} failed in float64")
 
 
 def complete_basis(columns: Tensor, keep: Tensor, previous: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.eigen import DecompositionError
+from hf_precond.linalg.eigen import DecompositionError, is_orthonormal
 
 
 def thin_svd(a_SL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (U, S, V) of matrices ``[..., S, L]``: A = U diag(S) V^T, S descending.
 
-    A decomposition that fails is repeated once in float64.
+    A decomposition that fails, or whose vectors are not orthonormal, is repeated once in float64.
 
     Raises:
         DecompositionError: if float64 fails too.
@@ -22,5 +22,6 @@ def thin_svd(a_SL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         except torch.linalg.LinAlgError:
             continue
         left, values, right = (factor.to(a_SL.dtype) for factor in factors)
-        return left, values, right.mT
+        if is_orthonormal(left) and is_orthonormal(right.mT):
+            return left, values, right.mT
     raise DecompositionError(f"svd of {tuple(a_SL.shape)} failed in float64")

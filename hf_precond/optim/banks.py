@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
 
-from hf_precond.views.plan import Bucket, Slot
+from hf_precond.linalg.rounding import round_stochastically
+from hf_precond.views.plan import Bucket, Extent, Slot
 
 
 class Bank:
@@ -15,14 +17,23 @@ class Bank:
 
     ``optimizer.state[param]`` holds slices of these tensors, so that saving and loading per
     parameter and batched work see the same memory.
+
+    Args:
+        dtype: in which tensors are worked on; those of another dtype are kept in fewer bits.
     """
 
     def __init__(
-        self, bucket: Bucket, tensors: dict[str, Tensor], phases: Sequence[float] = ()
+        self,
+        bucket: Bucket,
+        tensors: dict[str, Tensor],
+        phases: Sequence[float] = (),
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.bucket = bucket
         self.tensors = tensors
         self.phases = phases
+        self.dtype = dtype
         self._all = BankRows(self, bucket.slots, tensors, None)
 
     def slices(self) -> Iterator[tuple[Slot, str, Tensor]]:
@@ -39,13 +50,21 @@ class Bank:
                 piece.copy_(source.reshape(piece.shape))
 
     def rows(self, slots: Sequence[Slot]) -> BankRows:
-        """Selects the state of some slots; all slots give the bank's own tensors without a copy."""
+        """Selects the state of some slots, in the dtype it is worked on.
+
+        All slots give the bank's own tensors without a copy, where they have that dtype.
+        """
         if len(slots) == len(self.bucket.slots):
-            return self._all
+            rows = copy(self._all)
+            rows.state = self._worked_on(self.tensors)
+            return rows
         index = torch.cat([torch.arange(slot.start, slot.stop) for slot in slots])
         index = index.to(self.bucket.key[1])
         picked = {name: tensor.index_select(0, index) for name, tensor in self.tensors.items()}
-        return BankRows(self, slots, picked, index)
+        return BankRows(self, slots, self._worked_on(picked), index)
+
+    def _worked_on(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
 
 
 class BankRows:
@@ -65,12 +84,22 @@ class BankRows:
         self._index = index
         self._owners: dict[str, Tensor] = {}
 
-    def commit(self) -> None:
-        """Writes selected rows back; nothing to do where the bank's own tensors were used."""
-        if self._index is None:
-            return
+    def commit(self, step: int) -> None:
+        """Writes rows back; nothing to do where the bank's own tensors were used.
+
+        Args:
+            step: of the rows' parameters, for the noise of the rounding to fewer bits.
+        """
         for name, tensor in self.bank.tensors.items():
-            tensor.index_copy_(0, self._index, self.state[name])
+            value = self.state[name]
+            if value is tensor:
+                continue
+            if value.dtype != tensor.dtype:
+                value = round_stochastically(value, tensor.dtype, step)
+            if self._index is None:
+                tensor.copy_(value)
+            else:
+                tensor.index_copy_(0, self._index, value)
 
     def owner(self, scope: str) -> Tensor:
         """Index of the parameter, view or group that each group belongs to, ``[G]``."""
@@ -82,4 +111,19 @@ class BankRows:
 
 def state_key(slot: Slot, name: str) -> str:
     """Key of a state tensor inside ``state[param]``: ``"basis"``, or ``"q.basis"`` for a piece."""
-    return f"{slot.view.name}.{name}" if slot.view.name else name
+    return part_key(f"{slot.view.name}.{name}" if slot.view.name else name, slot.extent)
+
+
+def part_key(key: str, extent: Extent | None) -> str:
+    """Key of the part of a state tensor that belongs to an extent."""
+    return key if extent is None else f"{key}@{extent}"
+
+
+def parse_part_key(key: str) -> tuple[str, Extent | None]:
+    """Inverse of :func:`part_key`.
+
+    Raises:
+        ValueError: where what follows the ``@`` is no extent.
+    """
+    name, at, extent = key.rpartition("@")
+    return (name, Extent.parse(extent)) if at else (key, None)

@@ -73,7 +73,9 @@ class Comm:
         padded[: flat.numel()] = flat
         out = flat.new_empty(self.size * padded.numel())
         if out.numel():
-            dist.all_gather_into_tensor(out, padded, group=self.group)
+            # Renamed in torch 2.13.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather(out, padded, group=self.group)
         return [part[:size] for part, size in zip(out.chunk(self.size), sizes, strict=True)]
 
     def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> list[Tensor]:
@@ -82,11 +84,17 @@ class Comm:
         dist.all_to_all_single(out, flat, list(receive), list(send), group=self.group)
         return list(out.split(list(receive)))
 
-    def same_everywhere(self, what: Any) -> bool:
-        """Whether a plain object is equal on all ranks."""
+    def gather_objects(self, what: Any) -> list[Any]:
+        """Returns every rank's plain object."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, what, group=self.group)
-        return all(other == found[0] for other in found)
+        return found
+
+    def wait(self) -> None:
+        """Returns when all ranks of all groups have come here."""
+        dist.barrier(self.group)
+        if self.replicas is not None:
+            self.replicas.wait()
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -47,7 +47,17 @@ def flat_state(
     for index, key, value in optimizer.whole_state(first_rank_only=first_rank_only):
         value = value.detach().contiguous()
         tensors[f"state.{names[index]}.{key}"] = value.cpu() if first_rank_only else value
-    header = {
+    return tensors, state_header(optimizer)
+
+
+def state_header(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
+    """Returns as plain data what a state belongs to: optimizer, options, groups, shapes, views.
+
+    Raises:
+        StateMismatchError: if two parameters have the same name.
+    """
+    names = _unique_names(optimizer)
+    return {
         "format_version": FORMAT_VERSION,
         "algorithm": optimizer.recipe.name,
         "hyperparameters": optimizer.recipe.hyperparameters(),
@@ -68,7 +78,6 @@ def flat_state(
             for group in optimizer.param_groups
         ],
     }
-    return tensors, header
 
 
 def load_flat_state(
@@ -83,13 +92,22 @@ def load_flat_state(
         StateMismatchError: naming the parameter or field, what was expected and what was found.
             Nothing has been changed then.
     """
+    check_header(optimizer, header)
     names = _unique_names(optimizer)
-    _check_header(optimizer, header, names)
     states: dict[int, dict[str, Tensor]] = {}
     expected = _expected_tensors(optimizer, names) if tensors else {}
     _check_tensors(expected, tensors)
     for key, (index, local, _) in expected.items():
         states.setdefault(index, {})[local] = tensors[key]
+    load_states(optimizer, states, header)
+
+
+def load_states(
+    optimizer: PreconditionedOptimizer,
+    states: Mapping[int, Mapping[str, Tensor]],
+    header: Mapping[str, Any],
+) -> None:
+    """Loads state by parameter index, and the values of the param groups, both checked before."""
     groups, start = [], 0
     for group, saved in zip(optimizer.param_groups, header["param_groups"], strict=True):
         count = len(group["params"])
@@ -97,12 +115,12 @@ def load_flat_state(
         structure = {key: group[key] for key in _GROUP_STRUCTURE - {"params"} if key in group}
         groups.append({**values, **structure, "params": list(range(start, start + count))})
         start += count
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    optimizer.load_state_dict({"state": dict(states), "param_groups": groups})
 
 
-def _check_header(
-    optimizer: PreconditionedOptimizer, header: Mapping[str, Any], names: list[str]
-) -> None:
+def check_header(optimizer: PreconditionedOptimizer, header: Mapping[str, Any]) -> None:
+    """Raises StateMismatchError where a header is of another optimizer, model or format."""
+    names = _unique_names(optimizer)
     _expect("format version", FORMAT_VERSION, header.get("format_version"))
     _expect("optimizer", optimizer.recipe.name, header.get("algorithm"))
     groups = header.get("param_groups")

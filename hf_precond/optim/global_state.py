@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_precond.optim.banks import Bank
+from hf_precond.optim.banks import Bank, part_key
 from hf_precond.optim.sharding import Sharding, is_dtensor, local
 from hf_precond.optim.work import Share
 from hf_precond.preconditioners.base import FALLBACK, Shape, State
@@ -85,7 +85,7 @@ class GlobalState:
             whole = whole.full_tensor() if is_dtensor(whole) else whole
             for share in self._shares[tensor.piece.piece]:
                 if share.rank in (None, rank):
-                    key = local_key(tensor.key, share.view.extent)
+                    key = part_key(tensor.key, share.view.extent)
                     found[tensor.piece.param][key] = tensor.cut(whole, share.view.extent)
         return found
 
@@ -204,11 +204,6 @@ def state_tensors(piece: PlannedView, init: InitState) -> list[StateTensor]:
             )
         )
     return found
-
-
-def local_key(key: str, extent: Extent | None) -> str:
-    """Key of a part of a state tensor inside ``state[param]``."""
-    return key if extent is None else f"{key}@{extent}"
 
 
 def extent_is_run(extent: Extent | None, blocks: int) -> bool:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from hf_precond.optim.capture import Capture, LayerInputError
 from hf_precond.optim.comm import Comm
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.flat_parameters import check_not_flat
-from hf_precond.optim.global_state import GlobalState
+from hf_precond.optim.global_state import GlobalState, StateTensor, state_tensors
 from hf_precond.optim.health import Health
 from hf_precond.optim.layer_columns import ColumnSource
 from hf_precond.optim.layout import (
@@ -261,6 +262,34 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 packed["state"][index][key] = value
         return packed
 
+    @property
+    def shares_state(self) -> bool:
+        """Whether this process has but a part of the state; known from the first step on."""
+        return self._global_state is not None
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process writes what all ranks have in common."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        comm = self._comm or comm_of(params, self._process_group)
+        return comm is None or comm.is_first
+
+    def lay_out(self) -> None:
+        """Allocates the state, as the first step would. Where there are ranks, all call it."""
+        self._ensure_state()
+
+    @property
+    def comm(self) -> Comm | None:
+        """The ranks that train the same weights; None before :meth:`lay_out`, or for one."""
+        return self._comm
+
+    def state_tensors(self) -> list[StateTensor]:
+        """Returns what state there is of whole parameters, wherever it lies."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        max_elements = self.recipe.numerics.bucket_size
+        pieces = pieces_of(self._placed_views(), params, max_elements=max_elements)
+        return [tensor for piece in pieces for tensor in state_tensors(piece, self._init_stack)]
+
     def whole_state(self, *, first_rank_only: bool = False) -> Iterator[tuple[int, str, Tensor]]:
         """Yields (parameter index, key, tensor) of all state, as a single process would have it.
 
@@ -418,6 +447,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self.state.update(zip(params, whole, strict=True))
 
     @property
+    def _largest_norm(self) -> float:
+        """Squares of gradients are summed over steps: a margin of 2^20 for that."""
+        return float(torch.finfo(self.recipe.numerics.dtype).max ** 0.5 / 2**10)
+
+    @property
     def _device(self) -> torch.device:
         return self._params[0].device if self._params else torch.device("cpu")
 
@@ -526,7 +560,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             return
         shapes = [tuple(param.shape) for param in self._params]
         alike = (self.param_names, shapes, self.recipe.hyperparameters(), self.recipe.name)
-        if not self._comm.same_everywhere(alike):
+        if any(other != alike for other in self._comm.gather_objects(alike)):
             raise RuntimeError(
                 f"{self.recipe.name}: the ranks have other parameters or options than each other; "
                 "models that are trained apart need process_group= of their own"
@@ -603,20 +637,22 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         for index in alone:
             param = self._params[index]
             gradients[index] = param.new_zeros(()).expand(param.shape)
-        if self.recipe.numerics.skip_nonfinite and gradients:
-            finite = torch.isfinite(torch.stack(list(norms.values())))
-            if not bool(finite.all()):
-                flags = zip(norms, finite.tolist(), strict=True)
-                bad = {index for index, good in flags if not good}
-                gradients = {i: grad for i, grad in gradients.items() if i not in bad}
-                what = "gradient is not finite, step left out"
-                self._faults.count(bad, "skipped_nonfinite", what, FloatingPointError)
-            self._faults.clear(gradients, "skipped_nonfinite")
-        for index in uneven:
-            gradients.pop(index, None)
         if uneven:
+            gradients = {i: grad for i, grad in gradients.items() if i not in uneven}
             what = "has a gradient on some ranks only, step left out"
             self._faults.count(sorted(uneven), "skipped_nonfinite", what, FloatingPointError)
+        if self.recipe.numerics.skip_nonfinite and gradients:
+            found = torch.stack([norms[index] for index in gradients])
+            good = found <= self._largest_norm  # not a NaN
+            if not bool(good.all()):
+                flags = zip(list(gradients), good.tolist(), strict=True)
+                for index in [index for index, fits in flags if not fits]:
+                    del gradients[index]
+                    large = isfinite(float(norms[index]))
+                    what = "too large to be squared" if large else "not finite"
+                    what = f"gradient is {what}, step left out"
+                    self._faults.count([index], "skipped_nonfinite", what, FloatingPointError)
+            self._faults.clear(gradients, "skipped_nonfinite")
         for weight, bias in self._joint:
             # Trained together or not at all.
             if (weight in gradients) != (bias in gradients):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.fused import fused
 from hf_precond.preconditioners.base import Shape, State, check_options, option
 
 GRAFTS = (
@@ -123,16 +124,16 @@ def momentum_(options: StageOptions, state: State, x: Tensor, step: int) -> tupl
         the moment (may be the state tensor itself: not to be written to) and the factor that
         corrects its bias.
     """
-    beta1 = options.beta1
-    if options.momentum == "none":
+    beta1, kind = options.beta1, options.momentum
+    if kind == "none":
         return x, 1.0
-    if options.momentum == "heavy_ball":
-        moment = state["momentum_buffer"].mul_(beta1).add_(x)
-        return (torch.add(x, moment, alpha=beta1) if options.nesterov else moment), 1.0
-    moment = state["exp_avg"].lerp_(x, 1 - beta1)
-    if not options.nesterov:
-        return moment, 1 / (1 - beta1**step)
-    return torch.lerp(x, moment, beta1), 1 / (1 - beta1 ** (step + 1))
+    moment = state["exp_avg" if kind == "ema" else "momentum_buffer"]
+    if options.nesterov:
+        out, done = _nesterov_(moment, x, kind=kind, beta1=beta1), step + 1
+    else:
+        _take_in_(moment, x, kind=kind, beta1=beta1)
+        out, done = moment, step
+    return out, 1 / (1 - beta1**done) if kind == "ema" else 1.0
 
 
 def graft_input(options: StageOptions, x: Tensor, norm: Tensor) -> Tensor:
@@ -141,28 +142,93 @@ def graft_input(options: StageOptions, x: Tensor, norm: Tensor) -> Tensor:
     Args:
         norm: norm of the whole parameter's ``x``, ``[G, 1, 1]``; used by the normalized kinds.
     """
-    return x / (norm + NORM_EPS) if options.graft_normalizes else x
+    return _normalized(x, norm) if options.graft_normalizes else x
 
 
-def graft_update_(options: StageOptions, state: State, g: Tensor) -> None:
-    """Takes a gradient, as :func:`graft_input` gives it, into the second moment, in place."""
+def graft_(
+    options: StageOptions,
+    state: State,
+    gradient: tuple[Tensor, Tensor],
+    moment: tuple[Tensor, Tensor],
+    step: int,
+) -> Tensor:
+    """Takes a gradient into the graft's second moment, in place.
+
+    Args:
+        gradient: itself and its norm as in :func:`graft_input`.
+        moment: the gradient or its momentum alike.
+
+    Returns:
+        the partner's step for the moment.
+    """
     if not options.graft_has_state:
-        return
-    beta2 = options.graft_beta2
+        return graft_input(options, *moment)
+    beta2, kind = options.graft_beta2, options.graft_kind
     assert beta2 is not None, "the registry fills graft_beta2 in"
-    if options.graft_kind == "adagrad" or beta2 == 1:
-        # In Google's scalable Shampoo a decay of one means a sum, too.
-        state["graft_sq"].addcmul_(g, g)
+    # In Google's scalable Shampoo a decay of one means a sum, too.
+    is_sum = kind == "adagrad" or beta2 == 1
+    unbiased = kind == "adam" and not is_sum
+    (g, g_norm), (m, m_norm) = gradient, moment
+    return _grafted_(
+        state["graft_sq"],
+        g,
+        None if m is g else m,
+        g_norm if options.graft_normalizes else None,
+        m_norm if options.graft_normalizes else None,
+        (1 - beta2**step) ** 0.5 if unbiased else None,
+        beta2=None if is_sum else beta2,
+    )
+
+
+# -- one pass over memory each, if compiled --
+
+
+@fused
+def _take_in_(moment: Tensor, x: Tensor, *, kind: str, beta1: float) -> None:
+    """m <- beta1 m + (1 - beta1) x, or beta1 m + x."""
+    if kind == "ema":
+        moment.lerp_(x, 1 - beta1)
     else:
-        state["graft_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        moment.mul_(beta1).add_(x)
 
 
-def graft_step(options: StageOptions, state: State, m: Tensor, step: int) -> Tensor:
-    """Returns the partner's step for a gradient or momentum as :func:`graft_input` gives it."""
-    if not options.graft_has_state:
-        return m
-    root = state["graft_sq"].sqrt()
-    beta2 = options.graft_beta2
-    if options.graft_kind == "adam" and beta2 is not None and beta2 < 1:
-        root /= (1 - beta2**step) ** 0.5
-    return torch.div(m, root.add_(_GRAFT_EPS), out=root)
+@fused
+def _nesterov_(moment: Tensor, x: Tensor, *, kind: str, beta1: float) -> Tensor:
+    """The same, and the moment as it will be when the same ``x`` comes once more."""
+    if kind == "ema":
+        return torch.lerp(x, moment.lerp_(x, 1 - beta1), beta1)
+    return torch.add(x, moment.mul_(beta1).add_(x), alpha=beta1)
+
+
+@fused
+def _grafted_(
+    second: Tensor,
+    g: Tensor,
+    m: Tensor | None,
+    g_norm: Tensor | None,
+    m_norm: Tensor | None,
+    correction: float | Tensor | None,
+    *,
+    beta2: float | None,
+) -> Tensor:
+    """v <- beta2 v + (1 - beta2) g^2 (without decay: v + g^2), and m / (sqrt(v) / c + eps).
+
+    Args:
+        m: in place of the gradient.
+        beta2: none for a sum.
+    """
+    seen = g if g_norm is None else _normalized(g, g_norm)
+    if beta2 is None:
+        second.addcmul_(seen, seen)
+    else:
+        second.mul_(beta2).addcmul_(seen, seen, value=1 - beta2)
+    if m is not None:
+        seen = m if m_norm is None else _normalized(m, m_norm)
+    root = second.sqrt()
+    if correction is not None:
+        root.div_(correction)
+    return torch.div(seen, root.add_(_GRAFT_EPS), out=root)
+
+
+def _normalized(x: Tensor, norm: Tensor) -> Tensor:
+    return x / (norm + NORM_EPS)

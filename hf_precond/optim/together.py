@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hf_precond.optim.banks import BankRows
+from hf_precond.optim.banks import Bank
 from hf_precond.optim.comm import Comm
 from hf_precond.optim.pipeline import Cohort, Updates, part_of, update_alone
 from hf_precond.optim.rounds import Stack, update_in_lockstep
@@ -47,7 +47,7 @@ class Together:
         self._num_params = num_params
         self._dtype, self._device = dtype, device
         self._in_rounds = hasattr(algorithm, "update_in_rounds")
-        self._places: WeakKeyDictionary[BankRows, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[Bank, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def update(
         self, cohorts: Sequence[Cohort], active: Collection[int], steps: Sequence[int]
@@ -114,9 +114,7 @@ class Together:
         else:
             columns, _ = self._work.sums[cohort.slots[0].piece]
             kind, places = (columns, cohort.ctx.step), self._work.places[columns]
-        if cohort.rows not in self._places:
-            self._places[cohort.rows] = self._index_and_leads(cohort)
-        index, leads = self._places[cohort.rows]
+        index, leads = self._index_and_leads(cohort)
         return Stack(
             algorithm=cohort.algorithm,
             state=cohort.state,
@@ -134,6 +132,15 @@ class Together:
         return [self._stack(part_of(cohort, *part)) for part in cohort.parts()]
 
     def _index_and_leads(self, cohort: Cohort) -> tuple[Tensor, Tensor]:
+        """Where the groups of a cohort have their place, remembered for whole banks."""
+        bank = cohort.rows.bank
+        if len(cohort.slots) < len(bank.bucket.slots):
+            return self._places_of(cohort)
+        if bank not in self._places:
+            self._places[bank] = self._places_of(cohort)
+        return self._places[bank]
+
+    def _places_of(self, cohort: Cohort) -> tuple[Tensor, Tensor]:
         if self._work is None:
             size = cohort.gradient.shape[0]
             index = torch.arange(size)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.fused import fused
 from hf_precond.preconditioners.base import Shape, State, StepContext, check_options, option
 
 
@@ -32,15 +33,28 @@ class Adam:
         }
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
-        state["exp_avg"].lerp_(g_GMB, 1 - self.beta1)
-        state["exp_avg_sq"].mul_(self.beta2).addcmul_(g_GMB, g_GMB, value=1 - self.beta2)
+        betas = {"beta1": self.beta1, "beta2": self.beta2}
+        _take_in_(state["exp_avg"], state["exp_avg_sq"], g_GMB, **betas)
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         # (m / c1) / (sqrt(v) / c2 + eps) with both corrections outside, to pass memory less often.
         correction = (1 - self.beta2**ctx.step) ** 0.5
-        root = state["exp_avg_sq"].sqrt().add_(self.eps * correction)
-        direction = torch.div(state["exp_avg"], root, out=root)
-        return direction.mul_(correction / (1 - self.beta1**ctx.step))
+        factor = correction / (1 - self.beta1**ctx.step)
+        return _scaled(state["exp_avg"], state["exp_avg_sq"], self.eps * correction, factor)
+
+
+@fused
+def _take_in_(first: Tensor, second: Tensor, g: Tensor, *, beta1: float, beta2: float) -> None:
+    """m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2."""
+    first.lerp_(g, 1 - beta1)
+    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+
+
+@fused
+def _scaled(first: Tensor, second: Tensor, eps: float | Tensor, factor: float | Tensor) -> Tensor:
+    """factor m / (sqrt(v) + eps)."""
+    root = second.sqrt().add_(eps)
+    return torch.div(first, root, out=root).mul_(factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

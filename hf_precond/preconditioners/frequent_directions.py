@@ -11,6 +11,7 @@ with p = 1/2 (Ada-FD, Wan and Zhang 2018) or p = 1 (SON-FD, Luo et al. 2016).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from hf_precond.preconditioners.base import (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrequentDirections:
     """A frequent-directions sketch of each flattened group."""
+
+    # What rounding adds to the momentum outside of the sketch would be scaled by up to 1 / eps.
+    exact_state: ClassVar[tuple[str, ...]] = ("sketch_rows", "exp_avg")
 
     rank: int = option(10, "columns of the sketch", symbol="ell", low=1)
     power: float = option(0.5, "exponent of the inverse", low=0, low_open=True)

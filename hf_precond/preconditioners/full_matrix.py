@@ -11,6 +11,7 @@ A group with more than ``max_elements`` weights goes to the fallback algorithm, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from hf_precond.preconditioners.base import (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullMatrix:
     """The whole second-moment matrix of each group."""
+
+    # What rounding adds outside of the gradients seen so far would be scaled by up to 1 / eps.
+    exact_state: ClassVar[tuple[str, ...]] = ("second_moment", "root", "exp_avg")
 
     max_elements: int = option(4096, "larger groups follow the fallback algorithm", low=1)
     root_interval: int = option(1, "steps between inverse roots", low=1)

@@ -8,6 +8,7 @@ of :mod:`hf_precond.preconditioners.kronecker`, with K the size of the factor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ ROW_DEFAULTS = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KFac(Kronecker):
     """K-FAC with exact eigendecompositions."""
+
+    # What rounding adds to the momentum would be scaled by up to 1 / damping on either side.
+    exact_state: ClassVar[tuple[str, ...]] = (*Kronecker.exact_state, "exp_avg")
 
     inverse_interval: int = option(250, "steps between decompositions of the factors", low=1)
 

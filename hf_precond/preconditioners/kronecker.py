@@ -24,10 +24,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.precision import flushed
 from hf_precond.preconditioners.base import (
     FALLBACK,
     LayerNeeds,
@@ -49,6 +51,10 @@ _LEAST_DAMPING = 1e-6
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kronecker:
     """Base of the family: factors, damping, application."""
+
+    exact_state: ClassVar[tuple[str, ...]] = tuple(
+        f"{side}_{name}" for side in SIDES for name in ("vectors", "width", "updates", "rank")
+    )
 
     factor_decay: float = option(
         0.95, "decay of the factors", symbol="rho", low=0, high=1, high_open=True
@@ -165,7 +171,7 @@ class Kronecker:
     def precondition(self, state: State, side: str, x_GNL: Tensor, ctx: StepContext) -> Tensor:
         """(U D U^T + lam I)^(-1) x, with the spectrum continued; x itself where D = 0."""
         vectors, values = state[f"{side}_vectors"], state[f"{side}_values"]
-        largest = values[:, 0]
+        largest = flushed(values[:, 0])
         damping = ctx.value(self.damping) * largest
         if self.authors_code:
             damping = damping + self.factor_decay ** state[f"{side}_updates"]

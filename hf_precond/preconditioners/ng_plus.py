@@ -35,10 +35,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.precision import flushed
 from hf_precond.linalg.roots import largest_eigenvalue, positive_inverse
 from hf_precond.preconditioners.base import (
     LayerNeeds,
@@ -62,6 +64,8 @@ _AUTHORS_START = 1e-8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NgPlus:
     """Natural gradient on the smaller side."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("curvature", "picks")
 
     curvature: str = option(
         "minibatch",
@@ -276,7 +280,7 @@ class NgPlus:
         damping = curvature.new_full(curvature.shape[:1], self._damping(ctx))
         if self.damping_mode == "absolute" and curvature.dtype == torch.float64:
             return damping
-        largest = largest_eigenvalue(curvature)
+        largest = flushed(largest_eigenvalue(curvature))
         if self.damping_mode == "relative":
             damping = damping * largest
         if curvature.dtype != torch.float64:

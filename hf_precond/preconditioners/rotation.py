@@ -14,6 +14,7 @@ the previous basis (of the identity at first).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from hf_precond.preconditioners.base import Shape, State, StepContext, check_opt
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotated:
     """Moments in bases that follow the gradient's singular vectors."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("left", "right")
 
     two_sided: bool = option(False, "rotate both sides (++)")
     projection_interval: int = option(

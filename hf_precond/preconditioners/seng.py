@@ -19,10 +19,12 @@ inputs and output gradients of its samples; inside the inverse it may be estimat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.precision import flushed
 from hf_precond.linalg.roots import largest_eigenvalue, positive_inverse
 from hf_precond.preconditioners.base import (
     LayerNeeds,
@@ -41,6 +43,8 @@ from hf_precond.preconditioners.schedule import Schedule
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seng:
     """Sketchy empirical natural gradient."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("owner", "count", "input_picks", "output_picks")
 
     damping: Schedule = option(
         Schedule.parse(2.0),
@@ -117,7 +121,7 @@ class Seng:
         inner = _by_owner(inner.mT, new["owner"]) * samples
         shift = inner.new_full((groups,), ctx.value(self.damping))
         if self.damping_mode == "relative":
-            shift = shift * largest_eigenvalue(inner)
+            shift = shift * flushed(largest_eigenvalue(inner))
         alive = torch.where(shift > 0, shift, torch.ones_like(shift))
         diagonal = torch.diag_embed(alive.unsqueeze(-1).expand(inner.shape[:-1]))
         new |= {"inverse": positive_inverse(inner + diagonal), "shift": shift}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from hf_precond.preconditioners.base import (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shampoo:
     """Kronecker factors per tile, and their inverse roots."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("left", "right")
 
     block_size: int = option(1024, "largest tile; remainders make smaller tiles", low=1)
     max_dim: int = option(4096, "a matrix with a larger dimension is a large one", low=1)

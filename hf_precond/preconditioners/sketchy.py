@@ -14,6 +14,7 @@ takes its square root, adds G G^T unscaled and takes off the (ell+1)-th eigenval
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ _SIDES = ("left", "right")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sketchy:
     """Sketched Kronecker factors per tile."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("left_vectors", "right_vectors")
 
     rank: int = option(256, "columns of each sketch", symbol="ell", low=1)
     block_size: int = option(1024, "largest tile; remainders make smaller tiles", low=1)

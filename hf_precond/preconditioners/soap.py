@@ -18,6 +18,7 @@ the previous basis, so that factors of low rank leave nothing to chance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from hf_precond.preconditioners.base import (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soap:
     """Adam in slowly turning Kronecker bases."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("left", "left_basis", "right", "right_basis")
 
     max_dim: int = option(10000, "a side with a larger dimension is not rotated", low=1)
     basis_interval: int = option(10, "steps between new bases", symbol="f", low=1)

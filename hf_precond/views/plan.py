@@ -29,6 +29,17 @@ class Extent:
     def __str__(self) -> str:
         return ",".join(f"{low}:{high}" for low, high in (self.groups, self.rows, self.columns))
 
+    @classmethod
+    def parse(cls, text: str) -> Extent:
+        """Inverse of ``str``.
+
+        Raises:
+            ValueError: for any other text.
+        """
+        groups, rows, columns = (part.split(":") for part in text.split(","))
+        pairs = [(int(low), int(high)) for low, high in (groups, rows, columns)]
+        return cls(groups=pairs[0], rows=pairs[1], columns=pairs[2])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedView:
