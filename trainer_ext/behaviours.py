@@ -8,10 +8,12 @@ each of them is the stock method and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trainer_ext import build, callbacks, checkpoint, model_card, resume
 from trainer_ext.served import served_names
@@ -36,14 +38,45 @@ def log(trainer: Trainer, stock: Stock, logs: dict[str, float], *args: Any, **kw
     stock(logs, *args, **kwargs)
 
 
+def train(
+    trainer: Trainer,
+    stock: Stock,
+    resume_from_checkpoint: str | bool | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Resumes from the last complete checkpoint, where the Trainer takes the newest folder.
+
+    Raises:
+        ValueError: ``resume_from_checkpoint`` is true and there is none.
+    """
+    if resume_from_checkpoint is True and _is_to_be_ours(trainer) and resume.serves(trainer):
+        resume_from_checkpoint = resume.last_complete_checkpoint(trainer.args.output_dir)
+        if resume_from_checkpoint is None:
+            raise ValueError(f"there is no complete checkpoint in {trainer.args.output_dir!r}")
+    return stock(resume_from_checkpoint, *args, **kwargs)
+
+
+def save_checkpoint(trainer: Trainer, stock: Stock, model: nn.Module, trial: Any = None) -> None:
+    """Makes a checkpoint that is written over incomplete until it is whole again."""
+    if trainer.args.should_save and callbacks.our_optimizer(trainer.optimizer) is not None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        resume.begin_checkpoint(Path(trainer._get_output_dir(trial=trial)) / name)
+    stock(model, trial)
+
+
 def save_state(trainer: Trainer, stock: Stock, output_dir: str) -> None:
     """Writes optimizer.safetensors and scheduler.pt instead of optimizer.pt and scheduler.pt."""
     optimizer = callbacks.our_optimizer(trainer.optimizer)
     if optimizer is None or not resume.serves(trainer):
         stock(output_dir)
         return
+    if trainer.is_fsdp_enabled:
+        resume.save_fsdp_weights(trainer, output_dir)
+    if optimizer.shares_state or trainer.args.should_save:
+        by_rank = resume.writes_by_rank(trainer)
+        checkpoint.save_optimizer(optimizer, output_dir, by_rank=by_rank)
     if trainer.args.should_save:
-        checkpoint.save_optimizer(optimizer, output_dir)
         resume.save_scheduler(trainer, output_dir)
         model_card.write_card(trainer, optimizer, output_dir)
 
@@ -63,3 +96,11 @@ def create_model_card(trainer: Trainer, stock: Stock, *args: Any, **kwargs: Any)
     optimizer = callbacks.our_optimizer(trainer.optimizer)
     if optimizer is not None and trainer.is_world_process_zero():
         model_card.add_section(trainer, optimizer, trainer.args.output_dir)
+
+
+def _is_to_be_ours(trainer: Trainer) -> bool:
+    """Whether a Trainer that has built no optimizer yet will build one of ours."""
+    chosen = trainer.optimizer_cls_and_kwargs
+    by_factory = chosen is not None and isinstance(chosen[0], build.OptimizerFactory)
+    by_name = chosen is None and trainer.args.optim in served_names()
+    return by_factory or by_name or callbacks.our_optimizer(trainer.optimizer) is not None

@@ -12,43 +12,62 @@ Tensors are keyed by parameter name (:mod:`hf_precond.optim.flat_state`). The me
     sha256    hex digest of the header text, then for each tensor in the order of sorted names of
               "<name>\\0<dtype>\\0<comma-joined sizes>\\0" and its bytes, row-major
 
+Where ranks share the state, each may write its own part (:mod:`trainer_ext.rank_files`).
+
 The index names the digest of each shard, so that shards of different saves cannot be mixed.
+
+Learning rates and weight decays come from the file. Options do not: a state that was written under
+others is taken over where it fits, with a warning that names them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-import hf_precond
 from hf_precond.optim.flat_state import (
-    FORMAT_VERSION,
     StateMismatchError,
     flat_state,
     load_flat_state,
 )
-from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.optim.optimizer import STATE_VERSION, PreconditionedOptimizer
+from trainer_ext import rank_files
+from trainer_ext.log import get_logger
+from trainer_ext.state_files import (
+    DamagedCheckpointError,
+    digest,
+    read_file,
+    versions,
+    write_atomically,
+    write_file,
+)
+
+__all__ = [
+    "DamagedCheckpointError",
+    "check_files",
+    "digest",
+    "has_optimizer",
+    "load_optimizer",
+    "read_state",
+    "save_optimizer",
+]
+
+logger = get_logger(__name__)
 
 FILE_NAME = "optimizer.safetensors"
 INDEX_NAME = "optimizer.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
 _PATTERN = "optimizer{suffix}.safetensors"
-
-
-class DamagedCheckpointError(ValueError):
-    """A file of the checkpoint is truncated, altered, incomplete or not written by this package."""
+_SHARDS = "optimizer-*-of-*.safetensors"
 
 
 def save_optimizer(
@@ -56,16 +75,43 @@ def save_optimizer(
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    by_rank: bool = False,
 ) -> None:
-    """Writes the optimizer's state into ``folder``; a crash leaves the previous files whole.
+    """Writes the optimizer's state into ``folder``, on the first of several ranks.
+
+    Where ranks share the state, all of them call this and return when it is written.
+    A crash leaves a previous file whole, and of previous shards at worst a mixture that a load
+    refuses. What crashes have left behind is removed.
 
     Args:
         max_shard_size: bytes, or text such as ``"5GB"``; a larger state is written in shards.
+        by_rank: where ranks share the state, each writes its own part
+            (:mod:`trainer_ext.rank_files`): nothing is gathered.
     """
     folder = Path(folder)
+    if by_rank and optimizer.shares_state:
+        written = rank_files.save(optimizer, folder)
+    else:
+        tensors, header = flat_state(optimizer, first_rank_only=True)
+        written = set()
+        if optimizer.is_first_rank:
+            written = _write_state(folder, tensors, header, max_shard_size)
+    if optimizer.is_first_rank:
+        for stale in set(_state_files(folder)) - written:
+            (folder / stale).unlink(missing_ok=True)
+    if optimizer.shares_state and optimizer.comm is not None:
+        optimizer.comm.wait()
+
+
+def _write_state(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    max_shard_size: int | str,
+) -> set[str]:
+    """Writes whole tensors and returns the names of the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, header = flat_state(optimizer)
-    text = json.dumps({**header, "versions": _versions()}, sort_keys=True)
+    text = json.dumps({**header, "versions": versions()}, sort_keys=True)
     # On meta tensors the split sees sizes only: state tensors of one stack share their storage.
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()},
@@ -73,23 +119,23 @@ def save_optimizer(
         max_shard_size=max_shard_size,
     )
     digests = {
-        file_name: _write_file(folder / file_name, {name: tensors[name] for name in names}, text)
+        file_name: write_file(folder / file_name, {name: tensors[name] for name in names}, text)
         for file_name, names in plan.filename_to_tensors.items()
     }
     written = set(digests)
     if plan.is_sharded:
         index = {"metadata": {"sha256": digests}, "weight_map": plan.tensor_to_filename}
-        _write_atomically(
+        write_atomically(
             folder / INDEX_NAME, lambda path: path.write_text(json.dumps(index, indent=2))
         )
         written.add(INDEX_NAME)
-    for stale in set(_state_files(folder)) - written:
-        (folder / stale).unlink()
+    return written
 
 
 def has_optimizer(folder: str | os.PathLike[str]) -> bool:
     """True if ``folder`` holds state written by :func:`save_optimizer`."""
-    return (Path(folder) / FILE_NAME).is_file() or (Path(folder) / INDEX_NAME).is_file()
+    names = (FILE_NAME, INDEX_NAME, rank_files.INDEX_NAME)
+    return any((Path(folder) / name).is_file() for name in names)
 
 
 def load_optimizer(optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]) -> None:
@@ -99,8 +145,14 @@ def load_optimizer(optimizer: PreconditionedOptimizer, folder: str | os.PathLike
         DamagedCheckpointError: a file is truncated, altered, missing or not of this package.
         StateMismatchError: the state is of another optimizer, format version or model.
     """
+    if rank_files.are_in(folder):
+        header = rank_files.load(optimizer, Path(folder), _check_content)
+        _warn_of_changed_options(optimizer, header["hyperparameters"])
+        return
     tensors, header = read_state(folder)
+    _check_content(optimizer, tensors, header)
     load_flat_state(optimizer, tensors, header)
+    _warn_of_changed_options(optimizer, header["hyperparameters"])
 
 
 def read_state(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -110,113 +162,125 @@ def read_state(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         DamagedCheckpointError: a file is truncated, altered, missing or not of this package.
         StateMismatchError: another format version.
     """
-    folder = Path(folder)
+    parts = list(_verified_parts(Path(folder)))
+    return {name: tensor for part, _ in parts for name, tensor in part.items()}, parts[0][1]
+
+
+def check_files(folder: str | os.PathLike[str]) -> None:
+    """Reads and verifies all files of a checkpoint folder, one at a time, and keeps nothing.
+
+    Raises:
+        DamagedCheckpointError: a file is truncated, altered, missing or not of this package.
+        StateMismatchError: another format version.
+    """
+    if rank_files.are_in(folder):
+        rank_files.check(Path(folder))
+        return
+    for _ in _verified_parts(Path(folder)):
+        pass
+
+
+def _state_files(folder: Path) -> list[str]:
+    patterns = (FILE_NAME, INDEX_NAME, _SHARDS, *rank_files.PATTERNS, ".optimizer*.tmp")
+    return [path.name for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _verified_parts(folder: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Yields tensors and header of each file, compared with its checksum and with the index."""
     if (folder / FILE_NAME).is_file():
-        tensors, header, _ = _read_file(folder / FILE_NAME)
-        return tensors, header
-    tensors, header = {}, {}
+        tensors, header, _ = read_file(folder / FILE_NAME)
+        yield tensors, header
+        return
     for file_name, expected in _read_index(folder / INDEX_NAME).items():
-        part, header, found = _read_file(folder / file_name)
+        tensors, header, found = read_file(folder / file_name)
         if found != expected:
             raise DamagedCheckpointError(
                 f"{folder / file_name} belongs to another save than {INDEX_NAME}"
             )
-        tensors.update(part)
-    return tensors, header
-
-
-def digest(tensors: Mapping[str, Tensor], header: str) -> str:
-    """Returns the checksum defined on top of this module."""
-    sha256 = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        dtype, sizes = str(tensor.dtype).removeprefix("torch."), ",".join(map(str, tensor.shape))
-        sha256.update(f"{name}\0{dtype}\0{sizes}\0".encode())
-        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    packages = (hf_precond, torch, safetensors, transformers)
-    return {package.__name__: str(package.__version__) for package in packages}
-
-
-def _state_files(folder: Path) -> list[str]:
-    patterns = (FILE_NAME, INDEX_NAME, "optimizer-*-of-*.safetensors")
-    return [path.name for pattern in patterns for path in folder.glob(pattern)]
-
-
-def _write_file(path: Path, tensors: Mapping[str, Tensor], header: str) -> str:
-    """Writes one file and returns its digest."""
-    # safetensors refuses tensors that share storage, as the slices of one stack do.
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    checksum = digest(own, header)
-    metadata = {"format": "pt", "header": header, "sha256": checksum}
-    _write_atomically(path, lambda temporary: save_file(own, temporary, metadata=metadata))
-    return checksum
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Returns tensors, header and digest of one file, its digest compared with its content."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpointError(
-            f"{path} is truncated, altered or missing and cannot be read: {error}"
-        ) from error
-    if not {"header", "sha256"} <= set(metadata):
-        raise DamagedCheckpointError(
-            f"{path} was not written by this package: its metadata lacks the header"
-        )
-    header = _read_header(path, metadata["header"])
-    if digest(tensors, metadata["header"]) != metadata["sha256"]:
-        raise DamagedCheckpointError(
-            f"{path} was altered after it was written: its sha256 does not match"
-        )
-    return tensors, header, metadata["sha256"]
-
-
-def _read_header(path: Path, text: str) -> dict[str, Any]:
-    """Returns the header. Its version comes first: another may define the checksum otherwise."""
-    try:
-        header = json.loads(text)
-        version = header["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} has an unreadable header: {error}") from error
-    if version != FORMAT_VERSION:
-        raise StateMismatchError(
-            f"{path} has format version {version!r}, this package reads {FORMAT_VERSION}"
-        )
-    return header
+        yield tensors, header
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """Returns the digest of every shard by file name."""
     try:
         digests = json.loads(path.read_text())["metadata"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is not a readable index: {error}") from error
     if not isinstance(digests, dict) or not digests:
         raise DamagedCheckpointError(f"{path} names no files")
+    foreign = [name for name in digests if not fnmatch(name, _SHARDS) or "/" in name]
+    if foreign:
+        raise DamagedCheckpointError(f"{path} names {foreign[0]!r}, which is no shard of a state")
     return digests
+
+
+# --- what no checksum tells -----------------------------------------------------------------------
+
+
+def _check_content(
+    optimizer: PreconditionedOptimizer, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
+    """Raises StateMismatchError for values of the right shape that nothing could go on with."""
+    groups = header.get("param_groups")
+    if not isinstance(header.get("hyperparameters"), dict) or not isinstance(groups, list):
+        raise StateMismatchError("the header has no hyperparameters or no list of param_groups")
+    for group in groups:
+        _check_group(group, header.get("algorithm"))
+    for name, tensor in tensors.items():
+        # Neither NaN nor infinity has a fraction of zero.
+        if name.endswith(".step") and not bool(((tensor >= 0) & (tensor.frac() == 0)).all()):
+            raise StateMismatchError(f"{name!r} is no number of steps: {tensor.tolist()}")
+    _check_dtypes(optimizer, tensors, header["hyperparameters"])
+
+
+def _check_dtypes(
+    optimizer: PreconditionedOptimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> None:
+    """Raises StateMismatchError for dtypes that no option asks for; other options convert."""
+    if any(name.endswith("dtype") for name in _changed_options(optimizer, saved)):
+        return
+    names = optimizer.param_names
+    for index, key, meta in optimizer.state_layout():
+        name = f"state.{names[index]}.{key}"
+        if name in tensors and tensors[name].dtype != meta.dtype:
+            raise StateMismatchError(
+                f"dtype of {name!r}: expected {meta.dtype}, found {tensors[name].dtype}"
+            )
+
+
+def _check_group(group: Any, algorithm: Any) -> None:
+    """Raises StateMismatchError unless a param group has what every group has."""
+    fixed = {"algorithm": algorithm, "state_version": STATE_VERSION}
+    missing = {"lr", "weight_decay", *fixed} - set(group if isinstance(group, dict) else ())
+    if missing:
+        raise StateMismatchError(f"a param group of the header lacks {sorted(missing)}")
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
+            raise StateMismatchError(f"{name} = {value!r} of a param group is not a rate")
+    for name, expected in fixed.items():
+        if group[name] != expected:
+            raise StateMismatchError(
+                f"{name} of a param group: expected {expected!r}, found {group[name]!r}"
+            )
+
+
+def _changed_options(optimizer: PreconditionedOptimizer, saved: Mapping[str, Any]) -> list[str]:
+    """Names of the options that are others than those a state was written under."""
+    own = json.loads(json.dumps(optimizer.recipe.hyperparameters()))
+    return [name for name, value in own.items() if name in saved and saved[name] != value]
+
+
+def _warn_of_changed_options(optimizer: PreconditionedOptimizer, saved: Mapping[str, Any]) -> None:
+    """Says which options are others than those the state was written under."""
+    own = optimizer.recipe.hyperparameters()
+    changed = [
+        f"{name} was {saved[name]!r} and is {own[name]!r}"
+        for name in _changed_options(optimizer, saved)
+    ]
+    if changed:
+        logger.warning(
+            "THE OPTIMIZER'S OPTIONS ARE NOT THOSE OF THE CHECKPOINT: %s. Its state is taken over, "
+            "training goes on with the new options",
+            "; ".join(changed),
+        )

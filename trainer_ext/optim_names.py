@@ -15,6 +15,7 @@ from enum import Enum, EnumMeta
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import Trainer, trainer, trainer_optimizer, training_args
 
 from trainer_ext import behaviours
@@ -23,8 +24,10 @@ from trainer_ext.callbacks import OptimizerInUseCallback
 from trainer_ext.served import MARK, served_names, warn_of_taken_names
 
 _BEHAVIOURS: Mapping[str, Callable[..., Any]] = {
+    "train": behaviours.train,
     "log": behaviours.log,
     "create_model_card": behaviours.create_model_card,
+    "_save_checkpoint": behaviours.save_checkpoint,
     "_save_optimizer_and_scheduler": behaviours.save_state,
     "_load_optimizer_and_scheduler": behaviours.load_state,
 }
@@ -115,6 +118,10 @@ class HookedTrainer(Trainer):
             Trainer.get_optimizer_cls_and_kwargs, args, model
         )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See :func:`trainer_ext.behaviours.train`."""
+        return behaviours.train(self, super().train, *args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """See :func:`trainer_ext.behaviours.log`."""
         behaviours.log(self, super().log, logs, *args, **kwargs)
@@ -122,6 +129,9 @@ class HookedTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """See :func:`trainer_ext.behaviours.create_model_card`."""
         behaviours.create_model_card(self, super().create_model_card, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        behaviours.save_checkpoint(self, super()._save_checkpoint, model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         behaviours.save_state(self, super()._save_optimizer_and_scheduler, output_dir)

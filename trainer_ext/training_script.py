@@ -18,10 +18,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from trainer_ext.config_file import parse_config_and_command_line
 from trainer_ext.data.presets import override_config
+from trainer_ext.resume import last_complete_checkpoint
 
 Metrics = dict[str, float]
 Figure = tuple[str, str, str]
@@ -146,7 +146,7 @@ def one_line_errors(script: str) -> Iterator[None]:
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The folder to resume from; `--resume_from_checkpoint true` is the last of output_dir.
+    """The folder to resume from; `--resume_from_checkpoint true` is the last whole one.
 
     Raises:
         ValueError: there is no such checkpoint.
@@ -155,11 +155,13 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        output = Path(args.output_dir)
-        checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+        checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint=true: {args.output_dir!r} has no checkpoint")
-        return str(checkpoint)
+            raise ValueError(
+                f"resume_from_checkpoint=true: {args.output_dir!r} has no checkpoint that is "
+                "complete"
+            )
+        return checkpoint
     if not Path(wanted).is_dir():
         raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder")
     return str(wanted)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hf_precond.optim.flat_state import StateMismatchError
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from tests.trainer_ext.tiny import NAME, tiny_gpt2, token_blocks
-from trainer_ext import build_optimizer, checkpoint
+from trainer_ext import build_optimizer, checkpoint, state_files
 from trainer_ext.checkpoint import DamagedCheckpointError, load_optimizer, save_optimizer
 
 
@@ -112,7 +112,7 @@ def test_a_crash_leaves_the_old_file_whole(
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    target = {"write": (checkpoint, "save_file"), "replace": (checkpoint.os, "replace")}[fail_at]
+    target = {"write": (state_files, "save_file"), "replace": (state_files.os, "replace")}[fail_at]
     with monkeypatch.context() as patch:
         patch.setattr(*target, crash if fail_at == "write" else lambda *_: crash(None, *_[:1]))
         with pytest.raises(OSError, match="disk full"):
