@@ -1,0 +1,253 @@
+#!/usr/bin/env python
+"""Plans memory, work and traffic of optimizers on a mesh of ranks; needs neither weights nor ranks.
+
+    scripts/plan_memory.py --preset llama-350m --ranks 8 --parallel fsdp2 --optims soap kfac
+    scripts/plan_memory.py --model_type llama --set hidden_size=4096 num_hidden_layers=32 \\
+        --ranks 64 --parallel fsdp2 --optims shared_basis_adam:rank=16 soap:sharding=owner
+    scripts/plan_memory.py --config FOLDER/config.json --ranks 1024 --parallel hsdp --replicas 4
+
+State is counted exactly, for every rank. Temporaries and traffic are those of the rank with the
+most state, whose steps are run on the meta device, one after the other until everything that is
+done at intervals has had its turns: of temporaries the most at once, of traffic the mean. What
+libraries take inside a call (workspace of a decomposition, buffers of a collective) is not seen, so
+temporaries are an estimate. AdamW is torch's fused one, without temporaries.
+
+Operations are those of the same steps: two for each multiplication of a matrix product, textbook
+counts for decompositions, one for each element and elementwise function.
+
+Bytes sent are what leaves a rank in a ring: 2 (W-1)/W of what it gives to an all-reduce, (W-1)/W of
+what it gives to a reduce-scatter or all-to-all, W-1 times its own part of an all-gather. Forward
+and backward send gradients under DDP; under FSDP2 weights twice and gradients once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from hf_precond.explain import format_bytes
+from trainer_ext.arguments import parse_optim_args
+from trainer_ext.data.presets import PRESETS, override_config, preset_config
+from trainer_ext.dry_run import Operations
+from trainer_ext.memory_plan import (
+    PARALLEL,
+    Mesh,
+    Plan,
+    passes_traffic,
+    plan_adamw,
+    plan_optimizer,
+)
+from trainer_ext.planned_rank import PURPOSES, Traffic
+from trainer_ext.provenance import provenance
+from trainer_ext.reports import write_json
+from trainer_ext.training_script import one_line_errors
+
+DTYPES = ("float32", "bfloat16")
+SHARDING = ("auto", "replicated", "owner", "blocks")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plans, prints the tables and writes the JSON file."""
+    args = parse_arguments(argv)
+    with one_line_errors(__file__):
+        model = meta_model(load_config(args), getattr(torch, args.dtype))
+        mesh = Mesh(
+            ranks=args.ranks,
+            parallel=args.parallel,
+            replicas=args.replicas,
+            positions=args.positions,
+        )
+        plans = [(plan_adamw(model, mesh), "")]
+        for label in args.optims:
+            print(f"planning {label}", file=sys.stderr)
+            name, _, text = label.partition(":")
+            options = {"sharding": args.sharding, **parse_optim_args(name, text).options}
+            plans.append((plan_optimizer(model, name, options, mesh), text))
+    result = {
+        **provenance(__file__, args),
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "passes": as_rows(passes_traffic(model, mesh)),
+        "rows": [as_row(plan, text) for plan, text in plans],
+    }
+    print(format_report(result))
+    if args.output is not None:
+        write_json(args.output, result)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--preset", choices=tuple(PRESETS))
+    model.add_argument("--config", type=Path, help="a config.json, or the folder it is in")
+    model.add_argument("--model_type", help="llama, gpt2, ..., with its default sizes")
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", help="changes to the config")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--ranks", type=int, default=1, help="number of all ranks")
+    parser.add_argument("--parallel", choices=PARALLEL, default="ddp")
+    parser.add_argument("--replicas", type=int, default=1, help="of the rows, in hsdp")
+    parser.add_argument("--positions", type=int, default=4096, help="tokens of a rank and step")
+    parser.add_argument(
+        "--optims",
+        nargs="+",
+        default=["shared_basis_adam"],
+        metavar="NAME[:OPTIONS]",
+        help="names with options as in optim_args: soap:sharding=owner,max_dim=8192",
+    )
+    parser.add_argument("--sharding", choices=SHARDING, default="auto", help="where none is given")
+    parser.add_argument("--output", type=Path, help="JSON file, for example results/plan_7b.json")
+    return parser.parse_args(argv)
+
+
+def load_config(args: argparse.Namespace) -> PretrainedConfig:
+    """The configuration that is asked for.
+
+    Raises:
+        ValueError: no such file or model type, or changes that do not fit.
+    """
+    if args.preset is not None:
+        config = preset_config(args.preset)
+    elif args.config is not None:
+        config = read_config(args.config)
+    elif args.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        raise ValueError(f"model_type={args.model_type!r} is not a model type of transformers")
+    if args.set:
+        override_config(config, ",".join(args.set))
+    return config
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration in a file.
+
+    Raises:
+        ValueError: there is none, or it is of no known model type.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r} does not exist")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"config {str(path)!r} has no model_type of transformers")
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def as_row(plan: Plan, options: str) -> dict[str, Any]:
+    """A plan as plain data; bytes and operations of one rank and one mean step."""
+    mean = Operations()
+    for of_rank in plan.operations:
+        mean.add(of_rank, 1 / len(plan.operations))
+    most = max(plan.operations, key=lambda operations: operations.total)
+    return {
+        "name": plan.name,
+        "options": options,
+        "state_bytes": {
+            "max": max(plan.state_bytes),
+            "mean": round(sum(plan.state_bytes) / len(plan.state_bytes)),
+            "min": min(plan.state_bytes),
+        },
+        "temporary_bytes": plan.peak_bytes,
+        "operations": {"mean": operation_counts(mean), "max": operation_counts(most)},
+        "sent": as_rows(plan.traffic),
+    }
+
+
+def operation_counts(operations: Operations) -> dict[str, int]:
+    """Operations by what they are, as whole numbers."""
+    kinds = ("products", "decompositions", "elementwise", "total")
+    return {kind: round(getattr(operations, kind)) for kind in kinds}
+
+
+def as_rows(traffic: Traffic) -> list[dict[str, Any]]:
+    """Traffic as plain data: calls, bytes handed in and bytes sent in a ring."""
+    return [
+        {
+            "purpose": purpose,
+            "collective": kind,
+            "calls": round(sent.calls, 3),
+            "handed_bytes": round(sent.handed),
+            "ring_bytes": round(sent.wire),
+        }
+        for (purpose, kind), sent in sorted(traffic.items())
+    ]
+
+
+def format_report(result: Mapping[str, Any]) -> str:
+    """The tables in Markdown."""
+    passes = sum(entry["ring_bytes"] for entry in result["passes"])
+    baseline = result["rows"][0]
+    lines = [
+        f"{result['parameters'] / 1e9:.3f}e9 parameters; forward and backward send "
+        f"{format_bytes(passes)} a step from each rank",
+        "",
+        "| optimizer | state, fullest rank | of AdamW's | mean rank | temporaries | operations "
+        "(most, mean) | sent by the optimizer | of the passes' |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        state, operations = row["state_bytes"], row["operations"]
+        sent = sum(entry["ring_bytes"] for entry in row["sent"])
+        share = f"{sent / passes:.1%}" if passes else ""
+        lines.append(
+            f"| {label_of(row)} | {format_bytes(state['max'])} | "
+            f"{state['max'] / baseline['state_bytes']['max']:.2f} | "
+            f"{format_bytes(state['mean'])} | {format_bytes(row['temporary_bytes'])} | "
+            f"{operations['max']['total']:.2e}, {operations['mean']['total']:.2e} | "
+            f"{format_bytes(sent)} | {share} |"
+        )
+    lines += ["", *operation_table(result["rows"]), "", *traffic_table(result["rows"])]
+    return "\n".join(lines)
+
+
+def operation_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a mean rank computes in a mean step."""
+    kinds = ("products", "decompositions", "elementwise")
+    lines = [f"| operations, mean rank | {' | '.join(kinds)} |", f"|---|{'---:|' * len(kinds)}"]
+    for row in rows:
+        counts = (f"{row['operations']['mean'][kind]:.2e}" for kind in kinds)
+        lines.append(f"| {label_of(row)} | {' | '.join(counts)} |")
+    return lines
+
+
+def traffic_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the optimizers send, by what it is for; with the calls of a mean step."""
+    lines = [f"| sent | {' | '.join(PURPOSES)} |", f"|---|{'---:|' * len(PURPOSES)}"]
+    for row in rows:
+        cells = []
+        for purpose in PURPOSES:
+            found = [entry for entry in row["sent"] if entry["purpose"] == purpose]
+            calls = sum(entry["calls"] for entry in found)
+            amount = sum(entry["ring_bytes"] for entry in found)
+            cells.append(f"{format_bytes(amount)} ({calls:.3g})" if found else "")
+        lines.append(f"| {label_of(row)} | {' | '.join(cells)} |")
+    return lines
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """An optimizer with its options."""
+    return f"{row['name']}:{row['options']}" if row["options"] else str(row["name"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
