@@ -9,7 +9,7 @@ fails on one rank ends the round on all of them, what failed is left out, the ot
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ class Stack:
     """A stack of groups to be updated.
 
     Attributes:
-        params: the parameters it belongs to; none for a stack of no groups.
+        params: the parameters it belongs to; of a stack of no groups all of its kind.
         kind: stacks of one kind, on all ranks, have equal requests.
         places: groups of this kind on all ranks together.
         index: place of each group of this stack among them, ``[G]``.
@@ -46,7 +46,7 @@ class Stack:
     state: State
     gradient: Tensor
     ctx: StepContext
-    params: frozenset[int] = frozenset()
+    params: frozenset[int]
     kind: tuple[int, ...]
     places: int
     index: Tensor
@@ -63,23 +63,32 @@ class Stack:
 
 def update_in_lockstep(
     stacks: Sequence[Stack],
-    probes: Sequence[Stack],
+    kinds: Mapping[tuple[int, ...], frozenset[int]],
+    probe: Callable[[tuple[int, ...], frozenset[int]], Stack],
     comm: Comm,
     *,
     shared_blocks: bool,
     num_params: int,
+    device: torch.device,
 ) -> dict[int, str]:
     """Updates all stacks and returns what failed on some rank: parameter -> message.
 
     Args:
         stacks: of this rank.
-        probes: of every kind that some rank has, a stack of no groups: it asks the same.
+        kinds: what some rank has, and of which parameters.
+        probe: makes a stack of no groups of a kind, for a rank that has none: it asks the same.
         shared_blocks: whether blocks are spread over the ranks; else each rank has all of them.
     """
-    attempt = _Attempt(comm, shared_blocks, num_params)
+    attempt = _Attempt(comm, shared_blocks, num_params, device)
     waiting, failed = list(stacks), dict[int, str]()
     while True:
-        attempt.begin(waiting, probes)
+        present = {stack.kind for stack in waiting}
+        probes = [
+            probe(kind, params)
+            for kind, params in kinds.items()
+            if kind not in present and not params <= failed.keys()
+        ]
+        attempt.begin([*waiting, *probes])
         while attempt.goes_on():
             attempt.answer()
         if not attempt.bad and not attempt.suspect:
@@ -110,19 +119,21 @@ class _Attempt:
         suspect: parameters of stacks in which something failed, nobody knows yet where.
     """
 
-    def __init__(self, comm: Comm, shared_blocks: bool, num_params: int) -> None:
+    def __init__(
+        self, comm: Comm, shared_blocks: bool, num_params: int, device: torch.device
+    ) -> None:
         self.done: dict[Stack, State] = {}
         self._comm, self._shared, self._num_params = comm, shared_blocks, num_params
+        self._device = device
 
-    def begin(self, stacks: Sequence[Stack], probes: Sequence[Stack]) -> None:
-        """Starts all updates, and a probe where this rank has none of a kind."""
+    def begin(self, stacks: Sequence[Stack]) -> None:
+        """Starts all updates."""
         self.finished: dict[Stack, State] = {}
         self.bad: dict[int, str] = {}
         self.suspect: set[int] = set()
         self._live: dict[Stack, tuple[Rounds, Request]] = {}
         self._broken: dict[Stack, str] = {}
-        kinds = {stack.kind for stack in stacks}
-        self._all = [*stacks, *(probe for probe in probes if probe.kind not in kinds)]
+        self._all = list(stacks)
         for stack in self._all:
             self._advance(stack, stack.start(), None)
         self.done |= self.finished
@@ -130,13 +141,12 @@ class _Attempt:
 
     def goes_on(self) -> bool:
         """Tells the other ranks how it goes; false where all is done, or something failed."""
-        device = self._all[0].gradient.device if self._all else torch.device("cpu")
         control = torch.zeros(2 * self._num_params + 1)
         for stack in self._broken:
             alone = len(list(stack.split())) <= 1
             control[[index + (0 if alone else self._num_params) for index in stack.params]] = 1
         control[-1] = len(self._live)
-        control = self._comm.sum_everywhere(control.to(device))
+        control = self._comm.sum_everywhere(control.to(self._device))
         bad, suspect, live = control.split([self._num_params, self._num_params, 1])
         messages = {i: text for stack, text in self._broken.items() for i in stack.params}
         elsewhere = "a factorisation failed on another rank"

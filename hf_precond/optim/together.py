@@ -7,6 +7,7 @@ have rounded it differently, and their weights would drift apart.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -19,7 +20,7 @@ from hf_precond.optim.comm import Comm
 from hf_precond.optim.pipeline import Cohort, Updates, part_of, update_alone
 from hf_precond.optim.rounds import Stack, update_in_lockstep
 from hf_precond.optim.work import Work
-from hf_precond.preconditioners.base import Preconditioner, StepContext
+from hf_precond.preconditioners.base import Preconditioner, State, StepContext
 
 _ELSEWHERE = "a factorisation failed on another rank"
 
@@ -47,6 +48,14 @@ class Together:
         self._num_params = num_params
         self._dtype, self._device = dtype, device
         self._in_rounds = hasattr(algorithm, "update_in_rounds")
+        sums = {} if work is None or not self._in_rounds else work.sums
+        shares = () if work is None else work.shares
+        self._linked = {
+            (sums[share.view.piece][0], share.view.param)
+            for share in shares
+            if share.view.piece in sums
+        }
+        self._nothing: dict[int, State] = {}
         self._places: WeakKeyDictionary[Bank, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def update(
@@ -63,13 +72,16 @@ class Together:
         single = [cohort for cohort in cohorts if not self._is_linked(cohort)]
         for cohort in single:
             update_alone(cohort, updates)
-        if self._in_rounds and (self._work is None or self._work.sums):
+        kinds = self._kinds(active, steps)
+        if linked or kinds:  # alike on all ranks
             updates.failed |= update_in_lockstep(
                 [self._stack(cohort) for cohort in linked],
-                self._probes(active, steps),
+                kinds,
+                self._probe,
                 self._comm,
                 shared_blocks=self._work is not None,
                 num_params=self._num_params,
+                device=self._device,
             )
             updates.refreshed |= {
                 slot.param for cohort in linked if cohort.ctx.refreshed for slot in cohort.slots
@@ -77,7 +89,9 @@ class Together:
         alike = self._comm if self._work is None else self._comm.replicas
         if alike is not None:
             self._take_from_first(single, alike)
-        self._tell(updates)
+        # Where every rank does everything, all know when nothing was due.
+        if self._work is not None or any(cohort.ctx.refreshed for cohort in cohorts):
+            self._tell(updates)
         return updates
 
     def _is_linked(self, cohort: Cohort) -> bool:
@@ -156,27 +170,33 @@ class Together:
             index, leads = torch.tensor(places), torch.tensor(leading)
         return index.to(self._device), leads.to(self._device)
 
-    def _probes(self, active: Collection[int], steps: Sequence[int]) -> list[Stack]:
-        """A stack of no groups for each kind of update that some rank has in this step."""
-        if self._work is None:
-            return []
-        kinds = {
-            (self._work.sums[share.view.piece][0], steps[share.view.param] + 1)
-            for share in self._work.shares
-            if share.view.piece in self._work.sums and share.view.param in active
-        }
-        return [self._probe(columns, step) for columns, step in sorted(kinds)]
+    def _kinds(
+        self, active: Collection[int], steps: Sequence[int]
+    ) -> dict[tuple[int, ...], frozenset[int]]:
+        """Each kind of update, (block size, step), that some rank has in this step."""
+        found: dict[tuple[int, ...], set[int]] = defaultdict(set)
+        for columns, param in self._linked:
+            if param in active:
+                found[columns, steps[param] + 1].add(param)
+        return {kind: frozenset(params) for kind, params in found.items()}
 
-    def _probe(self, columns: int, step: int) -> Stack:
+    def _probe(self, kind: tuple[int, ...], params: frozenset[int]) -> Stack:
+        """A stack of no groups, which asks the same as those of its kind."""
         assert self._work is not None
-        nothing = torch.zeros(0, dtype=torch.long, device=self._device)
+        columns, step = kind
         shape = (0, 1, columns)
+        if columns not in self._nothing:
+            self._nothing[columns] = self._algorithm.init(
+                shape, dtype=self._dtype, device=self._device
+            )
+        nothing = torch.zeros(0, dtype=torch.long, device=self._device)
         return Stack(
             algorithm=self._algorithm,
-            state=self._algorithm.init(shape, dtype=self._dtype, device=self._device),
+            state=self._nothing[columns],
             gradient=torch.zeros(shape, dtype=self._dtype, device=self._device),
             ctx=StepContext(step=step),
-            kind=(columns, step),
+            params=params,
+            kind=kind,
             places=self._work.places[columns],
             index=nothing,
             leads=nothing.bool(),
