@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -66,7 +67,15 @@ def positions(
     Args:
         shape: of the weight.
     """
-    flat = torch.arange(prod(shape)).view(tuple(shape))
+    return _positions(view, layout, tuple(shape))
+
+
+# Layers of a model are alike, and finding out takes numbers of the weight's size.
+@lru_cache(maxsize=256)
+def _positions(
+    view: ParamView | Tiles, layout: WeightLayout, shape: tuple[int, ...]
+) -> Positions | None:
+    flat = torch.arange(prod(shape)).view(shape)
     inputs_per_output = prod(shape) // layout.num_outputs(shape)
     if layout.transposed:
         outputs, inputs = flat % shape[1], flat // shape[1]

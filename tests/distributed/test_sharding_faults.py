@@ -43,14 +43,19 @@ def test_rounding_of_one_rank_reaches_all_or_none(
     ranks: Ranks, name: str, mode: str, noisy: int
 ) -> None:
     """Decompositions may end in other bits on each device; weights may not drift apart."""
-    assert_ranks_agree(ranks.run(with_noise, Run(name=name, mode=mode), noisy, world=WORLD))
+    assert_ranks_agree(ranks.run(with_noise, Run(name=name, mode=mode), noisy, 6, world=WORLD))
 
 
 # -- gradients that are not finite --
 
 
-@pytest.mark.parametrize("param", [POISONED, VECTOR])
-@pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.parametrize(
+    ("name", "mode", "param"),
+    [
+        *(pytest.param(*case.values, POISONED) for case in CASES),
+        *((DECOMPOSING[0], mode, VECTOR) for mode in MODES),
+    ],
+)
 def test_a_gradient_that_is_not_finite_leaves_one_parameter_out(
     ranks: Ranks, name: str, mode: str, param: str
 ) -> None:
@@ -77,12 +82,13 @@ def test_too_many_of_them_end_all_ranks(ranks: Ranks, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_failed_decomposition_counts_on_all_ranks(
     ranks: Ranks, name: str, mode: str, failing: int
 ) -> None:
     """Two steps, of which one is due for statistics; training goes on as if it had not been."""
-    found = ranks.run(with_failures, Run(name=name, mode=mode), failing, {4, 5}, world=WORLD)
+    run = Run(name=name, mode=mode)
+    found = ranks.run(with_failures, run, failing, {4, 5}, world=WORLD, timeout=20)
     assert [rank["error"] for rank in found] == ["", ""]
     counts = [rank["health"]["failed_updates"] for rank in found]
     assert counts[0] == counts[1] > 0
@@ -92,7 +98,7 @@ def test_a_failed_decomposition_counts_on_all_ranks(
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_too_many_failures_end_all_ranks(ranks: Ranks, name: str, mode: str) -> None:
     run = Run(name=name, mode=mode, options={"max_failures": 2})
-    found = ranks.run(with_failures, run, 1, range(2, STEPS), world=WORLD)
+    found = ranks.run(with_failures, run, 1, range(2, STEPS), world=WORLD, timeout=20)
     for rank in found:
         assert rank["error"].startswith("DecompositionError"), rank["error"]
         assert "2 in a row" in rank["error"]

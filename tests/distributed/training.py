@@ -156,13 +156,14 @@ def trained(run: Run, steps: int = STEPS) -> Weights:
     return Training(run).take(range(steps)).weights()
 
 
-def saved(run: Run, folder: Path, steps: int) -> None:
-    """Takes the first steps, then writes the optimizer's state and the weights."""
+def saved(run: Run, folder: Path, steps: int) -> Weights:
+    """Takes the first steps, writes the optimizer's state and the weights, and goes on."""
     training = Training(run).take(range(steps))
     save_optimizer(training.optimizer, folder)
     weights = training.weights()
     if training.rank == 0:
         torch.save(weights, folder / "weights.pt")
+    return training.take(range(steps, STEPS)).weights()
 
 
 def resumed(run: Run, folder: Path, steps: Iterable[int]) -> Weights:
