@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hf_precond.optim.banks import Bank, part_key
 from hf_precond.optim.sharding import Sharding, is_dtensor, local
-from hf_precond.optim.work import Share
-from hf_precond.preconditioners.base import FALLBACK, Shape, State
+from hf_precond.optim.work import Share, is_flat
+from hf_precond.preconditioners.base import Shape, State
 from hf_precond.views.plan import Extent, PlannedView
 from hf_precond.views.shards import chunk_ranges
 
@@ -150,7 +150,7 @@ class GlobalState:
         shares = self._shares[tensor.piece.piece]
         if not home.ranges or any(share.view.extent is None for share in shares):
             return None
-        if tensor.piece.key[0] == FALLBACK:
+        if is_flat(tensor.piece):
             part = _joined([value for _, value in own], tensor.dtype, param)
             return _dtensor(part.view(local(param).shape), param, param.shape, 0)
         groups, blocks, _ = tensor.piece.view.shape

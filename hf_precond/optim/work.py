@@ -144,6 +144,16 @@ def plan_work(
     )
 
 
+def is_flat(piece: PlannedView) -> bool:
+    """Whether a piece is all of its parameter as one row, to be worked on element by element.
+
+    Matrices that an algorithm leaves to the fallback are not: their views may turn them.
+    """
+    view = piece.view
+    whole = isinstance(view, ParamView) and not view.narrows
+    return piece.role == FALLBACK and whole and view.shape[:2] == (1, 1)
+
+
 def work_cost(view: AnyView) -> int:
     """Relative cost of the work on a view: its products and decompositions, and its elements."""
     groups, rows, columns = view.shape
@@ -173,10 +183,10 @@ def _fits_rows(
     piece: PlannedView, shape: Sequence[int], home: Home, algorithm: Preconditioner, mode: str
 ) -> bool:
     """Whether a rank's rows of a parameter can be worked on as they are."""
-    role = piece.key[0]
-    if role == FALLBACK:
+    role = piece.role
+    if is_flat(piece):
         return True
-    if isinstance(piece.view, Joint) or mode == "owner":
+    if isinstance(piece.view, Joint) or (mode == "owner" and role != FALLBACK):
         return False
     if role == MAIN and not rows_may_split(algorithm):
         return False
@@ -191,10 +201,9 @@ def _needs_owner(pieces: Sequence[PlannedView], mode: str, split: bool) -> bool:
 
 
 def _is_sliced(piece: PlannedView, split: bool) -> bool:
-    role = piece.key[0]
-    if role == FALLBACK:
+    if is_flat(piece):
         return piece.view.numel >= _MIN_SLICED
-    return split and role == MAIN and not isinstance(piece.view, Joint)
+    return split and piece.role == MAIN and not isinstance(piece.view, Joint)
 
 
 def _assign(
@@ -223,7 +232,7 @@ def _here(piece: PlannedView, shape: Sequence[int], home: Home) -> list[Share]:
     """Every rank works on what it has."""
     if home.whole:
         return [Share(view=piece, rank=None)]
-    if piece.key[0] == FALLBACK:
+    if is_flat(piece):
         row = prod(shape[1:])
         return [
             Share(view=replace(piece, view=flat((stop - start, row)), extent=extent), rank=rank)
@@ -265,8 +274,8 @@ def _exchanged(piece: PlannedView, owners: dict[int, int], size: int, split: boo
     """Every rank has the gradient: one works on all of it, or each on a slice."""
     if not _is_sliced(piece, split):
         return [Share(view=piece, rank=owners[piece.param])]
-    sliced = _slice_flat if piece.key[0] == FALLBACK else _slice_rows
-    length = piece.view.shape[2 if piece.key[0] == FALLBACK else 1]
+    sliced = _slice_flat if is_flat(piece) else _slice_rows
+    length = piece.view.shape[2 if is_flat(piece) else 1]
     return [
         Share(view=sliced(piece, start, stop), rank=rank)
         for rank, (start, stop) in enumerate(chunk_ranges(length, size))

@@ -83,7 +83,7 @@ def test_our_trainer_under_registration_does_nothing_twice(
 ) -> None:
     calls: list[str] = []
     monkeypatch.setattr(callbacks, "health_logs", lambda _: calls.append("health") or {})
-    monkeypatch.setattr(checkpoint, "save_optimizer", lambda *_: calls.append("save"))
+    monkeypatch.setattr(checkpoint, "save_optimizer", lambda *_, **__: calls.append("save"))
     args = arguments(tmp_path, PrecondTrainingArguments)
     made = PrecondTrainer(tiny_gpt2(), args, train_dataset=token_blocks())
     made.train()
