@@ -241,10 +241,13 @@ def _dtensor(part: Tensor, param: Tensor, shape: Sequence[int], dim: int) -> Any
         placement if placement.is_replicate() else Shard(dim)
         for placement in param.placements  # type: ignore[attr-defined]
     ]
+    part = part.contiguous()
+    if part.storage_offset():
+        part = part.clone()  # torch.save cannot write a DTensor that begins inside its storage
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
     return DTensor.from_local(
-        part.contiguous(),
+        part,
         param.device_mesh,  # type: ignore[attr-defined]
         placements,
         run_check=False,
