@@ -60,7 +60,8 @@ def trained_and_held(run: Run) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        *cases(("replicated", "owner", "blocks", "fsdp2"), ALL),
+        *cases(("owner", "blocks", "fsdp2"), ALL),
+        *cases(["replicated"], FEW, every=ALL),
         # Of most optimizers the same as before but for vectors and embeddings.
         *cases(["fsdp2-owner"], (*FEW, *BLOCKWISE), every=ALL),
     ],
@@ -181,7 +182,10 @@ def test_a_scheduler_reaches_all_ranks(ranks: Ranks, name: str, mode: str) -> No
 
 
 @pytest.mark.parametrize("clip", [{"max_grad_norm": 0.1}, {"clip_mode": "kl"}], ids=["norm", "kl"])
-@pytest.mark.parametrize(("name", "mode"), FEW_CASES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    cases(("owner", "blocks", "fsdp2"), ("shared_basis_adagrad", "kfac"), every=ALL),
+)
 def test_clipping_sees_all_ranks(ranks: Ranks, name: str, mode: str, clip: dict[str, Any]) -> None:
     """Both kinds need a sum over everything there is."""
     run = Run(name=name, mode=mode, options=clip)

@@ -23,7 +23,14 @@ from tests.trainer_ext.tiny import arguments, same_weights, tiny_gpt2, token_blo
 from trainer_ext.callbacks import our_optimizer
 
 # One of each kind: low rank, rotated, Kronecker factors, layer inputs, per-sample.
-KINDS = ("shared_basis_adam", "soap", "shampoo", "kfac", "ng_plus_per_sample")
+KINDS = [
+    "shared_basis_adam",
+    "kfac",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("soap", "shampoo", "ng_plus_per_sample")
+    ),
+]
 SWITCHES: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "clipping": {"max_grad_norm": 0.1},
