@@ -41,8 +41,11 @@ def inverse_root(
         largest = largest_eigenvalue(a_NN, method=method)
     else:
         values, vectors = eigh(a_NN)
-        values = values.clamp(min=0)
-        largest = values[..., -1]
+        largest = values[..., -1].clamp(min=0)
+        # Below this they are rounding, another one on every processor, which a small ridge beside
+        # them would let through.
+        noise = a_NN.shape[-1] * torch.finfo(a_NN.dtype).eps * largest
+        values = torch.where(values > noise.unsqueeze(-1), values, torch.zeros_like(values))
     ridge = ridge * largest if relative else ridge
     alive = ridge > 0
     if a_NN.dtype != torch.float64:
