@@ -24,6 +24,7 @@ from hf_precond.named import (
     SharedBasisAdam,
     Sketchy,
     SonFD,
+    TwoSidedBasis,
 )
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.registry import (
@@ -61,6 +62,7 @@ __all__ = [
     "SharedBasisAdam",
     "Sketchy",
     "SonFD",
+    "TwoSidedBasis",
     "__version__",
     "create_optimizer",
     "list_optimizers",

@@ -50,6 +50,12 @@ class SharedBasisAdam(NamedOptimizer):
     registry_name = "shared_basis_adam"
 
 
+class TwoSidedBasis(NamedOptimizer):
+    """Adam in low-rank bases of both sides and outside of them."""
+
+    registry_name = "two_sided_basis"
+
+
 class Shampoo(NamedOptimizer):
     """Shampoo in tiles (Gupta et al. 2018, Anil et al. 2020)."""
 

@@ -42,6 +42,7 @@ from hf_precond.preconditioners import (
     shared_basis,
     sketchy,
     soap,
+    two_sided_basis,
 )
 from hf_precond.preconditioners.base import (
     OptimizerInfo,
@@ -56,6 +57,7 @@ from hf_precond.views.rules import GENERAL_RULES, Assignment, ParamInfo, Rule, a
 
 _MODULES = (
     shared_basis,
+    two_sided_basis,
     shampoo,
     sketchy,
     block_adam,

@@ -161,6 +161,7 @@ def split_into_cohorts(
                 step=step,
                 phases=rows.phases,
                 steps_per_epoch=steps_per_epoch,
+                moment=moment,
                 columns=Columns.stack(parts) if parts else None,
             ),
             gradient=gradient,
@@ -237,7 +238,13 @@ def part_of(cohort: Cohort, slot: Slot, groups: slice) -> Cohort:
         cohort,
         slots=[slot],
         rows=rows,
-        ctx=replace(cohort.ctx, phases=rows.phases, columns=columns, refreshed=False),
+        ctx=replace(
+            cohort.ctx,
+            phases=rows.phases,
+            moment=None if cohort.ctx.moment is None else cohort.ctx.moment[groups],
+            columns=columns,
+            refreshed=False,
+        ),
         gradient=cohort.gradient[groups],
         direction=cohort.direction[groups],
     )

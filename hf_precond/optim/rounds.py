@@ -19,11 +19,13 @@ from hf_precond.linalg.eigen import DecompositionError
 from hf_precond.optim.comm import Comm
 from hf_precond.preconditioners.base import (
     FromOneRank,
+    NewState,
     Preconditioner,
     Rounds,
     State,
     StepContext,
     SumOverBlocks,
+    commit,
 )
 
 Request = SumOverBlocks | FromOneRank
@@ -97,8 +99,7 @@ def update_in_lockstep(
         failed |= attempt.bad
         waiting = [part for stack in waiting for part in _without(stack, failed, attempt.suspect)]
     for stack, new in (attempt.done | attempt.finished).items():
-        for name, value in new.items():
-            stack.state[name].copy_(value)
+        commit(stack.state, new)
     return failed
 
 
@@ -122,13 +123,13 @@ class _Attempt:
     def __init__(
         self, comm: Comm, shared_blocks: bool, num_params: int, device: torch.device
     ) -> None:
-        self.done: dict[Stack, State] = {}
+        self.done: dict[Stack, NewState] = {}
         self._comm, self._shared, self._num_params = comm, shared_blocks, num_params
         self._device = device
 
     def begin(self, stacks: Sequence[Stack]) -> None:
         """Starts all updates."""
-        self.finished: dict[Stack, State] = {}
+        self.finished: dict[Stack, NewState] = {}
         self.bad: dict[int, str] = {}
         self.suspect: set[int] = set()
         self._live: dict[Stack, tuple[Rounds, Request]] = {}

@@ -112,6 +112,8 @@ class StepContext:
         phases: for each group a share in [0, 1) of an interval, spread over all groups of the
             optimizer by cost: when a staggered refresh of the group is due.
         steps_per_epoch: for schedules by epoch; unknown in a plain loop that does not say.
+        moment: what is to be preconditioned in this step, ``[G, M, B]``: the gradient or its first
+            moment; None where nobody says, as for a gradient alone.
         columns: what the layers have seen; None on steps that need none, or where a layer was not
             used.
         refreshed: whether anything has been due so far; read by the shell.
@@ -120,6 +122,7 @@ class StepContext:
     step: int
     phases: Sequence[float] = ()
     steps_per_epoch: float | None = None
+    moment: Tensor | None = None
     columns: Columns | None = None
     refreshed: bool = False
 
@@ -191,19 +194,44 @@ class FromOneRank:
     per_block: bool = False
 
 
-Rounds = Generator["SumOverBlocks | FromOneRank", tuple[Tensor, ...], State]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SquaresTakenIn:
+    """What becomes of a second moment that takes in squares: decay * itself + weight * x^2.
+
+    Written in place once all is well, so no tensor of its size is made for the new value.
+    """
+
+    x: Tensor
+    decay: float
+    weight: float
+
+
+NewState = dict[str, "Tensor | SquaresTakenIn"]
+Rounds = Generator["SumOverBlocks | FromOneRank", tuple[Tensor, ...], NewState]
 """An update that asks other ranks on its way and returns the state it would write."""
 
 
-def alone(rounds: Rounds) -> State:
+def commit(state: State, new: NewState) -> None:
+    """Writes what an update has computed.
+
+    Only when all of it is there: after a failed factorisation the old state still fits together.
+    """
+    for name, value in new.items():
+        if isinstance(value, SquaresTakenIn):
+            state[name].mul_(value.decay).addcmul_(value.x, value.x, value=value.weight)
+        else:
+            state[name].copy_(value)
+
+
+def alone(rounds: Rounds) -> NewState:
     """Runs an update where this process has all blocks: every answer is the question."""
     answer: tuple[Tensor, ...] | None = None
     while True:
         try:
             answer = (next(rounds) if answer is None else rounds.send(answer)).tensors
         except StopIteration as end:
-            state: State = end.value
-            return state
+            new: NewState = end.value
+            return new
 
 
 def is_due(step: int, interval: int) -> bool:

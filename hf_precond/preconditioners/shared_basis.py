@@ -56,14 +56,17 @@ from hf_precond.linalg.subspace import orthonormal, random_basis, top_ritz_basis
 from hf_precond.linalg.symmetric import pack, packed_size, triangle, unpack
 from hf_precond.preconditioners.base import (
     FromOneRank,
+    NewState,
     OptimizerInfo,
     Rounds,
     Shape,
+    SquaresTakenIn,
     State,
     StepContext,
     SumOverBlocks,
     alone,
     check_options,
+    commit,
     option,
 )
 from hf_precond.preconditioners.shared_moments import (
@@ -172,18 +175,16 @@ class SharedBasis:
         return state
 
     def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
-        # Written only when all is computed: after a failed factorisation basis and roots still fit.
-        for name, value in alone(self.update_in_rounds(state, g_GMB, ctx)).items():
-            state[name].copy_(value)
+        commit(state, alone(self.update_in_rounds(state, g_GMB, ctx)))
 
     def update_in_rounds(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Rounds:
         """The update where other ranks may have more blocks of the same groups."""
         rank = self.effective_rank(g_GMB.shape[-1])
-        new: State = {}
+        new, squares = State(), NewState()
         spectrum: Spectrum | None = None
         changed = True
         if ctx.due(self.update_interval):
-            new, spectrum = yield from self._update_basis(state, g_GMB, rank, ctx)
+            new, squares, spectrum = yield from self._update_basis(state, g_GMB, rank, ctx)
         elif ctx.due(self.coef_interval or self.update_interval):
             if self._root_due(ctx, changed=True):
                 # The roots' factorisation may fail and be repeated: nothing may count twice.
@@ -193,7 +194,7 @@ class SharedBasis:
             changed = False
         if self._root_due(ctx, changed=changed):
             new |= yield from self._root({**state, **new}, rank, spectrum)
-        return new
+        return {**new, **squares}
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         rank = self.effective_rank(g_GMB.shape[-1])
@@ -238,8 +239,9 @@ class SharedBasis:
 
     def _update_basis(
         self, state: State, g_GMB: Tensor, rank: int, ctx: StepContext
-    ) -> Generator[Any, tuple[Tensor, ...], tuple[State, Spectrum | None]]:
-        """One basis update; also the spectrum of the new coefficients if it was needed."""
+    ) -> Generator[Any, tuple[Tensor, ...], tuple[State, NewState, Spectrum | None]]:
+        """One basis update: the new state, what squares to take in, and the spectrum of the new
+        coefficients if it was needed."""
         decay, weight = self._weights
         coef = self._load(state["coef"], rank)
         norm_sq = row_squares(g_GMB)
@@ -277,15 +279,15 @@ class SharedBasis:
             "coef": self._store(coef.mul_(scale_GM[..., None, None])),
             "escaped_mass": decay * state["escaped_mass"] + norm * scale_GM,
         }
+        squares = NewState()
         if self.tail == "diagonal":
-            tail_sq = decay * state["tail_sq"]
-            new["tail_sq"] = tail_sq.addcmul_(turn.residual, turn.residual, value=weight)
+            squares["tail_sq"] = SquaresTakenIn(x=turn.residual, decay=decay, weight=weight)
         if not self._root_due(ctx, changed=True):
             new["root"] = self._store(turn.carry_over(self._load(state["root"], rank)))
         if spectrum is None:
-            return new, None
+            return new, squares, None
         values = (spectrum[0] - lowest.unsqueeze(-1)).clamp_(min=0) * scale_GM.unsqueeze(-1)
-        return new, (values, spectrum[1])
+        return new, squares, (values, spectrum[1])
 
     def _update_coef_(self, state: State, g_GMB: Tensor, rank: int) -> None:
         """One rank-one update per block in the present basis, in place."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ class GroupReference(Protocol):
     def update(self, grads: Tensor) -> None: ...
 
     def apply(self, grads: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class FollowsMoment(Protocol):
+    """One that also looks at what is to be preconditioned, before it sees the gradient."""
+
+    def follow(self, moment: Tensor) -> None: ...
 
 
 class BlockView(Protocol):
@@ -110,9 +117,9 @@ class MatrixReference:
         if grad is None or not grad.isfinite().all():
             return
         self.steps += 1
-        self._each_group(lambda key, g: self.algorithms[key].update(g), grad)
-        self.diagonal.update(grad)
         moment = self._first_moment(grad) if self.momentum_site == "gradient" else grad
+        self._each_group(self._update_group, grad, moment)
+        self.diagonal.update(grad)
         graft_step = self.diagonal.step(moment)
         if self.steps >= self.start_step:
             direction = self._each_group(lambda key, x: self.algorithms[key].apply(x), moment)
@@ -123,6 +130,12 @@ class MatrixReference:
         if self.momentum_site == "direction":
             direction = self._first_moment(direction)
         self.weight = self.weight - self.lr * self.weight_decay * self.weight - self.lr * direction
+
+    def _update_group(self, key: tuple[int, int], grads: Tensor, moment: Tensor) -> None:
+        algorithm = self.algorithms[key]
+        if isinstance(algorithm, FollowsMoment):
+            algorithm.follow(moment)
+        algorithm.update(grads)
 
     def _take_norms(self, direction: Tensor, graft_step: Tensor) -> Tensor:
         def rescale(_: object, d: Tensor, s: Tensor) -> Tensor:

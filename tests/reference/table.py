@@ -22,12 +22,14 @@ from tests.reference import (
     shared_basis,
     sketchy,
     soap,
+    two_sided_basis,
 )
 from tests.reference.pipeline import AdamReference, MatrixReference, SgdReference
 from tests.reference.row import Options, ReferenceRow
 
 _FAMILIES = (
     shared_basis,
+    two_sided_basis,
     shampoo,
     sketchy,
     block_adam,

@@ -1,0 +1,194 @@
+"""Two-sided shared bases: Adam in a low-rank rotation, and Adam as it is outside.
+
+All neurons of a layer see the same inputs and are seen by the same next layers, so their gradients
+share a few directions on either side (Yen et al. 2023 use the first fact). Two thin orthonormal
+bases, P for outputs and Q for inputs, cut a matrix into four parts without rest:
+
+    G = P C Q^T + P O + I Q^T + E        C = P^T G Q, O = P^T G - C Q^T, I = G Q - P C
+
+and each part has Adam's second moment in its own coordinates. So the few directions that matter are
+scaled one by one, as in SOAP, and what is left per weight, as in Adam, at the cost of thin products
+and of the memory of Adam. Bases of unit vectors leave Adam; full rank is Adam in the bases.
+
+    P    out_basis [G, M, L]        Q    in_basis [G, B, K]      L = min(rank, M), K = min(rank, B)
+    C^2  core_sq   [G, L, K]        O^2  out_sq   [G, L, B]
+    I^2  in_sq     [G, M, K]        E^2  tail_sq  [G, M, B]
+
+The bases follow the singular vectors of what is to be preconditioned, with momentum before the
+preconditioner (``momentum_site="gradient"``) the averaged gradient M: one step of orthogonal
+iteration, Q <- qr(M^T M Q), P <- qr(M M^T P), at every ``update_interval``. Bases of an average of
+G^T G, which change more slowly, train worse (docs/two_sided_basis.md). The second moments are those
+of the gradient itself and are carried over unturned, as in SOAP.
+
+Of our own: no paper has it. Where it meets Adam and a rotated Adam the tests hold it to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg.fused import fused
+from hf_precond.linalg.subspace import positive_qr, random_basis
+from hf_precond.preconditioners.base import (
+    FromOneRank,
+    NewState,
+    OptimizerInfo,
+    Rounds,
+    Shape,
+    SquaresTakenIn,
+    State,
+    StepContext,
+    alone,
+    check_options,
+    commit,
+    option,
+)
+from hf_precond.preconditioners.shared_moments import nonzero
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+_SQUARES = ("core_sq", "out_sq", "in_sq", "tail_sq")
+# Of the mean square of the gradient: below it a part is rounding, which nothing may bring to one.
+_NOISE = 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoSidedBasis:
+    """Adam's second moments in low-rank bases of both sides and outside of them."""
+
+    exact_state: ClassVar[tuple[str, ...]] = ("in_basis", "out_basis")
+
+    rank: int = option(32, "columns of each basis, at most those of its side", low=1)
+    update_interval: int = option(1, "steps between updates of the bases", low=1)
+    update_rms: float | None = option(
+        0.2,
+        "root mean square of every group's direction, AdamW's by rule of thumb (none: as it comes)",
+        low=0,
+        low_open=True,
+    )
+    beta2: float = option(0.999, "decay of the second moments", low=0, high=1, high_open=True)
+    eps: float = option(
+        1e-8,
+        "added to the roots of the second moments",
+        symbol="epsilon",
+        low=0,
+        low_open=True,
+    )
+    seed: int = option(0, "seed of the first bases", low=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
+        groups, rows, columns = shape
+        out, into = min(self.rank, rows), min(self.rank, columns)
+        state: State = {}
+        sides = ("out_basis", rows, out, self.seed), ("in_basis", columns, into, self.seed + 1)
+        for name, size, rank, seed in sides:
+            basis = random_basis(size, rank, seed=seed, dtype=dtype, device=device)
+            state[name] = basis.expand(groups, size, rank).clone()
+        shapes = (out, into), (out, columns), (rows, into), (rows, columns)
+        for name, of_part in zip(_SQUARES, shapes, strict=True):
+            state[name] = torch.zeros(groups, *of_part, dtype=dtype, device=device)
+        return state
+
+    def update(self, state: State, g_GMB: Tensor, ctx: StepContext) -> None:
+        commit(state, alone(self.update_in_rounds(state, g_GMB, ctx)))
+
+    def update_in_rounds(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Rounds:
+        """The update where other ranks do the same: the bases are taken from one."""
+        new = NewState()
+        out_basis, in_basis = state["out_basis"], state["in_basis"]
+        if ctx.due(self.update_interval):
+            followed = g_GMB if ctx.moment is None else ctx.moment
+            (out_basis,) = yield FromOneRank((_turned(out_basis, followed.mT),))
+            (in_basis,) = yield FromOneRank((_turned(in_basis, followed),))
+            new = NewState(out_basis=out_basis, in_basis=in_basis)
+        for name, part in zip(_SQUARES, _split(g_GMB, out_basis, in_basis), strict=True):
+            new[name] = SquaresTakenIn(x=part, decay=self.beta2, weight=1 - self.beta2)
+        return new
+
+    def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
+        correction = (1 - self.beta2**ctx.step) ** 0.5
+        floor = _noise(state)
+        out_basis, in_basis = state["out_basis"], state["in_basis"]
+        core, out, into, tail = (
+            _scaled(part, state[name], floor, correction, eps=self.eps)
+            for name, part in zip(_SQUARES, _split(g_GMB, out_basis, in_basis), strict=True)
+        )
+        out = torch.baddbmm(out, core, in_basis.mT)
+        direction = tail.baddbmm_(out_basis, out).baddbmm_(into, in_basis.mT)
+        if self.update_rms is None:
+            return direction
+        _, rows, columns = g_GMB.shape
+        norm = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True)
+        return direction.mul_(self.update_rms * (rows * columns) ** 0.5 / nonzero(norm))
+
+    def health(self, state: State) -> dict[str, Tensor]:
+        """Share of the second moments' trace outside both bases, per group ``[G]``."""
+        core, out, into, tail = (_total(state[name]).flatten() for name in _SQUARES)
+        return {"escaped_mass_share": tail / nonzero(core + out + into + tail)}
+
+
+def _turned(basis: Tensor, x_GNB: Tensor) -> Tensor:
+    """The basis after one step of orthogonal iteration on X^T X, [G, B, K].
+
+    The shift by a millionth of the trace changes no eigenvector; without it a gradient of low rank
+    would leave the rest of the basis to rounding. A zero X keeps the basis.
+    """
+    seen = x_GNB @ basis
+    # In units of the largest: products of three gradients leave the range of float32.
+    unit = nonzero(seen.abs().amax((-2, -1), keepdim=True))
+    seen = seen / unit
+    trace = seen.square().sum((-2, -1), keepdim=True)
+    shift = trace * (1e-8 if basis.dtype == torch.float64 else 1e-6)
+    product = torch.baddbmm(shift * basis, x_GNB.mT, seen / unit)
+    return torch.where(trace > 0, positive_qr(product)[0], basis)
+
+
+def _split(x_GMB: Tensor, out_basis: Tensor, in_basis: Tensor) -> Parts:
+    """C, O, I and E of the module's first formula; P C Q^T + P O + I Q^T + E is x."""
+    out, into = out_basis.mT @ x_GMB, x_GMB @ in_basis
+    core = out @ in_basis
+    into = torch.baddbmm(into, out_basis, core, alpha=-1)
+    tail = torch.baddbmm(x_GMB, out_basis, out, alpha=-1).baddbmm_(into, in_basis.mT, alpha=-1)
+    return core, torch.baddbmm(out, core, in_basis.mT, alpha=-1), into, tail
+
+
+def _noise(state: State) -> Tensor:
+    """What of a second moment is rounding, ``[G, 1, 1]``: a share of the mean square.
+
+    Taken from the three small parts, where most of the squares are.
+    """
+    core, out, into, tail = (state[name] for name in _SQUARES)
+    inside = _total(core) + _total(out) + _total(into)
+    return inside * (_NOISE / tail.shape[1:].numel())
+
+
+def _total(square: Tensor) -> Tensor:
+    return square.sum((-2, -1), keepdim=True)
+
+
+@fused
+def _scaled(x: Tensor, square: Tensor, floor: Tensor, correction: float, *, eps: float) -> Tensor:
+    """x / (sqrt(max(square, floor)) / correction + eps)."""
+    root = torch.maximum(square, floor).sqrt_().div_(correction)
+    return torch.div(x, root.add_(eps), out=root)
+
+
+INFOS = (
+    OptimizerInfo(
+        name="two_sided_basis",
+        algorithm=TwoSidedBasis,
+        defaults={
+            "momentum_site": "gradient",
+            "graft": "none",
+            "attention_grouping": "kernel",
+        },
+        summary="Adam in a low-rank rotation of both sides, and Adam as it is outside of it",
+        paper="of this project, after Yen et al. 2023 (shared bases) and Vyas et al. 2024 (SOAP)",
+    ),
+)

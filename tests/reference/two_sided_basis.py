@@ -1,0 +1,131 @@
+"""Adam in two low-rank bases and outside of them, with whole projectors and rotations.
+
+One group = one matrix G [m, b]. Complete P [m, l] and Q [b, k] to projectors PP^T and QQ^T. Then
+
+    G = PP^T G QQ^T + PP^T G (I - QQ^T) + (I - PP^T) G QQ^T + (I - PP^T) G (I - QQ^T)
+
+The first part is looked at in the coordinates P^T . Q, the second in P^T ., the third in . Q, the
+last as it is, and each goes through Adam's second moment there. No paper has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg.subspace import random_basis
+from tests.reference.row import Options, ReferenceRow
+
+SHIFT = 1e-8
+NOISE = 1e-8
+
+
+@dataclass(kw_only=True)
+class TwoSidedBasisReference:
+    """One group.
+
+    Args:
+        update_rms: root mean square of the direction; ``None``: as it comes.
+    """
+
+    out_basis: Tensor  # P
+    in_basis: Tensor  # Q
+    update_interval: int
+    beta2: float
+    eps: float
+    update_rms: float | None
+    step: int = 0
+    squares: list[Tensor | float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+
+    def follow(self, moment: Tensor) -> None:
+        """Turns the bases, when due, towards the singular vectors of what is preconditioned."""
+        if self.step % self.update_interval == 0:
+            self.out_basis = _iterated(moment @ moment.T, self.out_basis)
+            self.in_basis = _iterated(moment.T @ moment, self.in_basis)
+
+    def update(self, grads: Tensor) -> None:
+        """Takes the gradient [m, b] of one step into the second moments."""
+        self.step += 1
+        self.squares = [
+            self.beta2 * old + (1 - self.beta2) * part**2
+            for old, part in zip(self.squares, self._parts(grads), strict=True)
+        ]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The direction for a gradient or its moment."""
+        unbiased = [square / (1 - self.beta2**self.step) for square in self.squares]
+        floor = NOISE * sum(float(square.sum()) for square in unbiased[:3]) / x.numel()
+        core, out, into, tail = (
+            part / (square.clamp(min=floor).sqrt() + self.eps)
+            for part, square in zip(self._parts(x), unbiased, strict=True)
+        )
+        p, q = self.out_basis, self.in_basis
+        direction = p @ core @ q.T + p @ out + into @ q.T + tail
+        if self.update_rms is None or not direction.any():
+            return direction
+        return self.update_rms * direction / direction.square().mean().sqrt()
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        p, q = self.out_basis, self.in_basis
+        out_rest, in_rest = (torch.eye(len(u), dtype=x.dtype) - u @ u.T for u in (p, q))
+        return [p.T @ x @ q, p.T @ x @ in_rest, out_rest @ x @ q, out_rest @ x @ in_rest]
+
+
+def _iterated(a: Tensor, basis: Tensor) -> Tensor:
+    """Q of (A + shift) basis, by Gram and Schmidt: the diagonal of R is positive."""
+    if not a.any():
+        return basis
+    trace = (basis.T @ a @ basis).trace()
+    if trace == 0:
+        return basis
+    columns: list[Tensor] = []
+    for y in (a @ basis / trace + SHIFT * basis).T:
+        for _ in range(3):  # again and again, until it is orthogonal in all digits
+            for column in columns:
+                y = y - column * (column @ y)
+        columns.append(y / y.norm())
+    return torch.stack(columns, dim=1)
+
+
+def _build(options: Options, shape: tuple[int, int]) -> TwoSidedBasisReference:
+    bases = [
+        random_basis(
+            size,
+            min(options["rank"], size),
+            seed=options["seed"] + number,
+            dtype=torch.float64,
+            device=torch.device("cpu"),
+        )
+        for number, size in enumerate(shape)
+    ]
+    return TwoSidedBasisReference(
+        out_basis=bases[0],
+        in_basis=bases[1],
+        update_interval=options["update_interval"],
+        beta2=options["betas"][1],
+        eps=options["eps"],
+        update_rms=options["update_rms"],
+    )
+
+
+ROWS: dict[str, ReferenceRow] = {
+    "two_sided_basis": ReferenceRow(
+        build=_build,
+        option_sets={
+            "defaults": {"rank": 32},
+            "rank_one": {"rank": 1},
+            "full_rank": {"rank": 64},
+            "momentum_of_direction": {"momentum_site": "direction"},
+            "every_third": {"update_interval": 3},
+            "never_again": {"update_interval": 1000},
+            "unscaled": {"update_rms": None},
+            "unscaled_with_graft": {"update_rms": None, "graft": "adam"},
+            "short_steps": {"update_rms": 0.01},
+            "betas": {"betas": (0.5, 0.7)},
+            "large_eps": {"eps": 0.1},
+            "another_seed": {"seed": 5},
+        },
+    ),
+}
