@@ -120,6 +120,20 @@ def fix_signs(columns: Tensor) -> Tensor:
     return torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
+def gram_iteration(x_NB: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration on X^T X, never formed, from a basis ``[..., B, K]``.
+
+    Shifted as :func:`orthogonal_iteration` by a share of the trace, that inside of the basis. A
+    zero X, or one with nothing inside, keeps the basis.
+    """
+    seen = x_NB @ basis
+    trace = seen.square().sum((-2, -1), keepdim=True)
+    shift = 1e-8 if basis.dtype == torch.float64 else 1e-6
+    unit = torch.where(trace > 0, trace, torch.ones_like(trace))
+    product = torch.baddbmm(shift * basis, x_NB.mT, seen / unit)
+    return torch.where(trace > 0, positive_qr(product)[0], basis)
+
+
 def orthogonal_iteration(a_NN: Tensor, basis: Tensor) -> Tensor:
     """One step of orthogonal iteration on a symmetric matrix, from a previous basis.
 

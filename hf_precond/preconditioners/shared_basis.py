@@ -29,6 +29,8 @@ Deviations from the paper:
 - ``tail="diagonal"`` scales what is outside the basis per weight, (T_i + eps)^(-1/2) with T_i the
   second moments of g_i - Q Q^T g_i (state ``tail_sq`` [G, M, B]), as Adam would, instead of
   c_i^(-1/2);
+- ``basis_from="moment"`` lets the basis follow the Gram matrix of what is to be preconditioned,
+  with ``momentum_site="gradient"`` the averaged gradient, which is less noisy than A;
 - ``pool`` takes, under the roots only, a share of every R_i from sum_j R_j, scaled to the trace of
   R_i: a block's own k x k matrix rests on the last 1 / (1 - beta2) gradients of one neuron, too
   few for its entries;
@@ -71,6 +73,7 @@ from hf_precond.preconditioners.base import (
 )
 from hf_precond.preconditioners.shared_moments import (
     BasisTurn,
+    Gram,
     Moments,
     block_norm_bound,
     matvec,
@@ -111,6 +114,12 @@ class SharedBasis:
         "scale of what is outside the basis: the escaped mass of the block (paper), or the second "
         "moment of each weight's own part",
         choices=("isotropic", "diagonal"),
+    )
+    basis_from: str = option(
+        "second_moments",
+        "what the basis follows: the second moments of all neurons (paper), or what is to be "
+        "preconditioned, the momentum or gradient of the step",
+        choices=("second_moments", "moment"),
     )
     update_interval: int = option(1, "steps between basis updates", low=1)
     coef_interval: int | None = option(
@@ -259,7 +268,7 @@ class SharedBasis:
             decay=decay,
             weight=weight,
         )
-        columns = yield from self._iterate(state["basis"], moments, ctx)
+        columns = yield from self._iterate(state["basis"], moments, g_GMB, ctx)
         turn = BasisTurn.of(moments, columns[..., :rank])
         coef = turn.coef()
         wanted = self.pool == 0 and self._root_due(ctx, changed=True)
@@ -315,12 +324,16 @@ class SharedBasis:
             state["tail_sq"].mul_(decay).addcmul_(residual, residual, value=weight)
 
     def _iterate(
-        self, columns: Tensor, moments: Moments, ctx: StepContext
+        self, columns: Tensor, moments: Moments, g_GMB: Tensor, ctx: StepContext
     ) -> Generator[Any, tuple[Tensor, ...], Tensor]:
-        """Subspace iteration on A = sum_i M_i M_i^T from the previous (or a fresh random) basis."""
+        """Subspace iteration on what the basis follows, A = sum_i M_i M_i^T or X^T X, from the
+        previous (or a fresh random) basis."""
         rank = moments.basis.shape[-1]
+        a: Moments | Gram = moments
         # From the previous basis itself the first product with the gradients is there already.
         projected = moments.x if self.warm_start and columns.shape[-1] == rank else None
+        if self.basis_from == "moment":
+            a, projected = Gram(g_GMB if ctx.moment is None else ctx.moment), None
         if not self.warm_start:
             # The seed of the step is mixed in so that every update draws anew.
             columns = random_basis(
@@ -329,19 +342,19 @@ class SharedBasis:
                 dtype=columns.dtype,
                 device=columns.device,
             ).expand_as(columns)
-        trace_A = moments.trace()
+        trace_A = a.trace()
         for number in range(self.num_iters):
-            product = moments.times(columns, projected)
+            product = a.times(columns, projected)
             if number == 0:
                 product, trace_A = yield SumOverBlocks((product, trace_A))
             else:
                 (product,) = yield SumOverBlocks((product,))
-            shift = trace_A * (1e-8 if columns.dtype == torch.float64 else 1e-6)
+            shift = 1e-8 if columns.dtype == torch.float64 else 1e-6
             keep = (trace_A == 0)[:, None, None]
-            product = product + shift[:, None, None] * columns
+            product = product / nonzero(trace_A)[:, None, None] + shift * columns
             columns, projected = torch.where(keep, columns, orthonormal(product)), None
         if columns.shape[-1] > rank:
-            (product,) = yield SumOverBlocks((moments.times(columns),))
+            (product,) = yield SumOverBlocks((a.times(columns),))
             columns = torch.where(keep, columns, top_ritz_basis(columns, product))
         (columns,) = yield FromOneRank((columns,))
         return columns

@@ -83,6 +83,21 @@ class Moments:
         return self.g @ y_GBL / self.scale.sqrt()
 
 
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """X^T X of a gradient or its moment, multiplied with thin matrices like A of the moments."""
+
+    x: Tensor  # [G, M, B]
+
+    def trace(self) -> Tensor:
+        """|X|^2, ``[G]``."""
+        return row_squares(self.x).sum(-1)
+
+    def times(self, y_GBL: Tensor, _: Tensor | None = None) -> Tensor:
+        """X^T X y for thin y ``[G, B, L]``, in 4 m b L flops."""
+        return self.x.mT @ (self.x @ y_GBL)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BasisTurn:
     """The moments seen from the new basis Q_t: C = Q_t^T Q_{t-1}, y_i = Q_t^T g_i, C R_i."""

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.fused import fused
-from hf_precond.linalg.subspace import positive_qr, random_basis
+from hf_precond.linalg.subspace import gram_iteration, random_basis
 from hf_precond.preconditioners.base import (
     FromOneRank,
     NewState,
@@ -104,8 +104,8 @@ class TwoSidedBasis:
         out_basis, in_basis = state["out_basis"], state["in_basis"]
         if ctx.due(self.update_interval):
             followed = g_GMB if ctx.moment is None else ctx.moment
-            (out_basis,) = yield FromOneRank((_turned(out_basis, followed.mT),))
-            (in_basis,) = yield FromOneRank((_turned(in_basis, followed),))
+            (out_basis,) = yield FromOneRank((gram_iteration(followed.mT, out_basis),))
+            (in_basis,) = yield FromOneRank((gram_iteration(followed, in_basis),))
             new = NewState(out_basis=out_basis, in_basis=in_basis)
         for name, part in zip(_SQUARES, _split(g_GMB, out_basis, in_basis), strict=True):
             new[name] = SquaresTakenIn(x=part, decay=self.beta2, weight=1 - self.beta2)
@@ -131,22 +131,6 @@ class TwoSidedBasis:
         """Share of the second moments' trace outside both bases, per group ``[G]``."""
         core, out, into, tail = (_total(state[name]).flatten() for name in _SQUARES)
         return {"escaped_mass_share": tail / nonzero(core + out + into + tail)}
-
-
-def _turned(basis: Tensor, x_GNB: Tensor) -> Tensor:
-    """The basis after one step of orthogonal iteration on X^T X, [G, B, K].
-
-    The shift by a millionth of the trace changes no eigenvector; without it a gradient of low rank
-    would leave the rest of the basis to rounding. A zero X keeps the basis.
-    """
-    seen = x_GNB @ basis
-    # In units of the largest: products of three gradients leave the range of float32.
-    unit = nonzero(seen.abs().amax((-2, -1), keepdim=True))
-    seen = seen / unit
-    trace = seen.square().sum((-2, -1), keepdim=True)
-    shift = trace * (1e-8 if basis.dtype == torch.float64 else 1e-6)
-    product = torch.baddbmm(shift * basis, x_GNB.mT, seen / unit)
-    return torch.where(trace > 0, positive_qr(product)[0], basis)
 
 
 def _split(x_GMB: Tensor, out_basis: Tensor, in_basis: Tensor) -> Parts:

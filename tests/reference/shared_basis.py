@@ -33,6 +33,8 @@ class SharedBasisReference:
         draw_start: step -> orthonormal [b, k + p], p at most b - k. The first power iteration
             starts from ``draw_start(0)``; without ``warm_start`` that of step t from step t's.
         beta2: ``None`` for the sum (Adagrad).
+        basis_from: "second_moments": A = sum_i M_i M_i^T; "moment": X^T X of what is
+            preconditioned.
         pool: p, share of all blocks' common shape in each block's coefficients under the root.
         coef_interval: between basis updates, coefficients move at these steps (``None``: never).
         root_interval: ``None`` recomputes the inverse roots whenever coefficients moved. A root
@@ -47,6 +49,7 @@ class SharedBasisReference:
     deflate: bool = True
     escaped_norm: str = "block"
     tail: str = "isotropic"
+    basis_from: str = "second_moments"
     update_interval: int = 1
     coef_interval: int | None = None
     root_interval: int | None = None
@@ -58,6 +61,7 @@ class SharedBasisReference:
     escaped_mass: list[Tensor] = field(init=False)
     excess_roots: list[Tensor] = field(init=False)  # (R_i + c_i I)^{-1/2} - c_i^{-1/2} I
     tail_roots: list[Tensor] = field(init=False)  # c_i^{-1/2}
+    moment: Tensor = field(init=False)
     tail_sq: list[Tensor] = field(init=False)  # second moments of (I - QQ^T) g_i, per weight
 
     @property
@@ -69,6 +73,10 @@ class SharedBasisReference:
     def basis(self) -> Tensor:
         """Q, [b, k]."""
         return self.columns[:, : self.rank]
+
+    def follow(self, moment: Tensor) -> None:
+        """Tells what will be preconditioned in the next step."""
+        self.moment = moment
 
     def update(self, grads: Tensor) -> None:
         """Takes the gradients [m, b] of one step into the statistics."""
@@ -115,7 +123,10 @@ class SharedBasisReference:
             for coef, g in zip(self.coef, grads, strict=True)
         ]
         if basis_moves:
-            self._move_basis(sum(moment @ moment.T for moment in moments))
+            followed = sum(moment @ moment.T for moment in moments)
+            if self.basis_from == "moment":
+                followed = self.moment.T @ self.moment
+            self._move_basis(followed)
         for i, moment in enumerate(moments):
             projected = self.basis.T @ moment @ self.basis
             smallest = torch.linalg.eigvalsh(projected)[0].clamp(min=0)
@@ -196,6 +207,7 @@ def _build(options: Options, shape: tuple[int, int], *, ema: bool) -> SharedBasi
         "deflate",
         "escaped_norm",
         "tail",
+        "basis_from",
         "update_interval",
         "coef_interval",
         "root_interval",
@@ -248,6 +260,16 @@ _SETS: dict[str, Options] = {
     },
     "mean_outside_intervals": {"escaped_norm": "mean", "update_interval": 3, "coef_interval": 1},
     "packed": {"packed": True},
+    "follows_the_gradient": {"basis_from": "moment"},
+    "follows_the_momentum": {"basis_from": "moment", "momentum_site": "gradient"},
+    "follows_the_momentum_at_intervals": {
+        "basis_from": "moment",
+        "momentum_site": "gradient",
+        "num_iters": 2,
+        "oversample": 1,
+        "update_interval": 2,
+        "coef_interval": 1,
+    },
     "pooled": {"pool": 1.0},
     "half_pooled": {"pool": 0.5},
     "pooled_registered": {
