@@ -51,7 +51,7 @@ from hf_precond.preconditioners.shared_moments import nonzero
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 _SQUARES = ("core_sq", "out_sq", "in_sq", "tail_sq")
-# Of the mean square of the gradient: below it a part is rounding, which nothing may bring to one.
+# Of the mean square of the gradient: what is below may be rounding, not to be brought to one.
 _NOISE = 1e-8
 
 
@@ -113,19 +113,18 @@ class TwoSidedBasis:
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
         correction = (1 - self.beta2**ctx.step) ** 0.5
-        floor = _noise(state)
+        floor, eps = _noise(state), self.eps * correction
         out_basis, in_basis = state["out_basis"], state["in_basis"]
-        core, out, into, tail = (
-            _scaled(part, state[name], floor, correction, eps=self.eps)
-            for name, part in zip(_SQUARES, _split(g_GMB, out_basis, in_basis), strict=True)
-        )
-        out = torch.baddbmm(out, core, in_basis.mT)
-        direction = tail.baddbmm_(out_basis, out).baddbmm_(into, in_basis.mT)
+        parts = _split(g_GMB, out_basis, in_basis)
+        for name, part in zip(_SQUARES, parts, strict=True):
+            _scale_(part, state[name], floor, eps)
+        core, out, into, direction = parts
+        out.baddbmm_(core, in_basis.mT)
+        direction.baddbmm_(*_side_by_side(out_basis, out, into, in_basis))
         if self.update_rms is None:
-            return direction
-        _, rows, columns = g_GMB.shape
+            return direction.mul_(correction)
         norm = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True)
-        return direction.mul_(self.update_rms * (rows * columns) ** 0.5 / nonzero(norm))
+        return direction.mul_(self.update_rms * direction[0].numel() ** 0.5 / nonzero(norm))
 
     def health(self, state: State) -> dict[str, Tensor]:
         """Share of the second moments' trace outside both bases, per group ``[G]``."""
@@ -137,9 +136,16 @@ def _split(x_GMB: Tensor, out_basis: Tensor, in_basis: Tensor) -> Parts:
     """C, O, I and E of the module's first formula; P C Q^T + P O + I Q^T + E is x."""
     out, into = out_basis.mT @ x_GMB, x_GMB @ in_basis
     core = out @ in_basis
-    into = torch.baddbmm(into, out_basis, core, alpha=-1)
-    tail = torch.baddbmm(x_GMB, out_basis, out, alpha=-1).baddbmm_(into, in_basis.mT, alpha=-1)
-    return core, torch.baddbmm(out, core, in_basis.mT, alpha=-1), into, tail
+    into.baddbmm_(out_basis, core, alpha=-1)
+    tail = torch.baddbmm(x_GMB, *_side_by_side(out_basis, out, into, in_basis), alpha=-1)
+    return core, out.baddbmm_(core, in_basis.mT, alpha=-1), into, tail
+
+
+def _side_by_side(
+    out_basis: Tensor, out: Tensor, into: Tensor, in_basis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Factors of P out + into Q^T: one product, which passes once over what has the size of x."""
+    return torch.cat([out_basis, into], -1), torch.cat([out, in_basis.mT], -2)
 
 
 def _noise(state: State) -> Tensor:
@@ -149,7 +155,7 @@ def _noise(state: State) -> Tensor:
     """
     core, out, into, tail = (state[name] for name in _SQUARES)
     inside = _total(core) + _total(out) + _total(into)
-    return inside * (_NOISE / tail.shape[1:].numel())
+    return inside.mul_(_NOISE / tail[0].numel())
 
 
 def _total(square: Tensor) -> Tensor:
@@ -157,10 +163,9 @@ def _total(square: Tensor) -> Tensor:
 
 
 @fused
-def _scaled(x: Tensor, square: Tensor, floor: Tensor, correction: float, *, eps: float) -> Tensor:
-    """x / (sqrt(max(square, floor)) / correction + eps)."""
-    root = torch.maximum(square, floor).sqrt_().div_(correction)
-    return torch.div(x, root.add_(eps), out=root)
+def _scale_(x: Tensor, square: Tensor, floor: Tensor, eps: float) -> None:
+    """x <- x / (sqrt(max(square, floor)) + eps)."""
+    x.div_(torch.maximum(square, floor).sqrt_().add_(eps))
 
 
 INFOS = (
