@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_precond.optim.banks import Bank
 from hf_precond.optim.health import Health
-from hf_precond.optim.layout import owner_counts, pieces_of
+from hf_precond.optim.layout import owner_counts, pieces_of, placed_views
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.pipeline import (
     Cohort,
@@ -29,6 +29,7 @@ from hf_precond.optim.pipeline import (
     split_into_cohorts,
     update_alone,
 )
+from hf_precond.optim.roles import algorithm_of, init_stack
 from hf_precond.optim.work import HERE, Home, Share, Work, plan_work
 from hf_precond.preconditioners.base import MAIN, Columns, captures_at, layer_needs
 from hf_precond.views.plan import PlannedView, plan_buckets
@@ -205,7 +206,7 @@ class SharedWork:
         self._optimizer, self._mesh, self._recipe = optimizer, mesh, optimizer.recipe
         self._params = [param for group in optimizer.param_groups for param in group["params"]]
         self._homes = [mesh.home(param) for param in self._params]
-        placed = optimizer._placed_views()
+        placed = placed_views(optimizer.param_groups, self._recipe.algorithm)
         self._pieces = pieces_of(
             placed, self._params, max_elements=self._recipe.numerics.bucket_size
         )
@@ -258,7 +259,7 @@ class SharedWork:
 
         @cache
         def of_group(role: str, blocks: int, size: int) -> int:
-            state = self._optimizer._init_stack(role, (1, blocks, size), META)
+            state = init_stack(self._recipe, role, (1, blocks, size), META)
             return num_bytes(list(state.values()))
 
         steps = STEP_BYTES * len(self._params)
@@ -347,7 +348,7 @@ class SharedWork:
         dtype, device = self._params[0].dtype, META
         piece = PlannedView(param=0, view=rows((blocks, size)), key=(role, device, 0))
         (bucket,) = plan_buckets([piece], max_elements=1)
-        state = self._optimizer._init_stack(role, bucket.shape, device)
+        state = init_stack(self._recipe, role, bucket.shape, device)
         bank = Bank(bucket, state, [0.0], dtype=self._recipe.numerics.dtype)
         weight, gradient = (torch.empty(blocks, size, dtype=dtype, device=device) for _ in range(2))
         steps = window(self._recipe)
@@ -356,7 +357,7 @@ class SharedWork:
                 cohorts = list(
                     split_into_cohorts(
                         bank,
-                        *self._optimizer._algorithm(role),
+                        *algorithm_of(self._recipe, role),
                         {0: gradient},
                         [step - 1],
                         self._recipe.numerics.dtype,

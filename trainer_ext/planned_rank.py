@@ -6,18 +6,21 @@ what is handed to collectives and writes down how much it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_precond.optim.comm import Comm
+from hf_precond.optim.gradients import clip_gradients, gradient_norms
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
+from hf_precond.optim.ranks import Ranks
 from hf_precond.optim.sharding import Sharding
 from hf_precond.optim.together import Together
+from hf_precond.optim.weights import Weights
 from hf_precond.optim.work import EXCHANGED, GATHERED, HERE, Home, Work
 from hf_precond.preconditioners.base import Columns, layer_needs
 from hf_precond.views.plan import PlannedView, Slot
@@ -277,6 +280,21 @@ class _NothingSaved:
         return [dict(entry) for entry in saved]
 
 
+class _OwnWeights(Weights):
+    """A rank's parts of parameters, apart from these; in no dtype but their own."""
+
+    def __init__(self, weights: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._own = weights
+
+    def taken(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """The parts of some parameters."""
+        return {index: self._own[index] for index in indices}
+
+    def round_back(self, weights: Mapping[int, Tensor], steps: Sequence[int]) -> None:
+        """Nothing to round."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """One rank of a mesh and what it shares.
@@ -320,21 +338,23 @@ class PlannedOptimizer(PreconditionedOptimizer):
         ]
         super().__init__(groups, recipe)
         self._ensure_state()
-        params = zip(self._params, place.homes, strict=True)
-        shapes = [rows_of(param, home, place.rank) for param, home in params]
-        dtypes = [param.dtype for param in self._params]
-        self._own_weights = dict(enumerate(map(_empty, shapes, dtypes)))
+        params = self._laid.params
+        homes = zip(params, place.homes, strict=True)
+        shapes = [rows_of(param, home, place.rank) for param, home in homes]
+        dtypes = [param.dtype for param in params]
+        weights = _OwnWeights(dict(enumerate(map(_empty, shapes, dtypes))))
+        self._laid = replace(self._laid, weights=weights)
         self._own_gradients = dict(enumerate(map(_empty, shapes, dtypes)))
         self._feed_columns()
 
     def state_bytes(self) -> int:
         """Bytes of all state of this rank, step counters included."""
-        own = [tensor for bank in self._banks for tensor in bank.tensors.values()]
+        own = [tensor for bank in self._laid.banks for tensor in bank.tensors.values()]
         return num_bytes([*own, *(entry["step"] for entry in self.state.values())])
 
     def begin_at(self, step: int) -> None:
         """The next step will be number ``step`` of all parameters."""
-        self._steps = [step - 1] * len(self._params)
+        self._laid.steps[:] = [step - 1] * len(self._laid.params)
 
     def _feed_columns(self) -> None:
         if not self._capture.is_needed:
@@ -342,9 +362,9 @@ class PlannedOptimizer(PreconditionedOptimizer):
         layers = [layout for group in self.param_groups for layout in group["layers"]]
         self.feed(
             PlannedColumns(
-                self._params,
+                self._laid.params,
                 self.recipe,
-                self._comm if isinstance(self._comm, Ledger) else None,
+                self.comm if isinstance(self.comm, Ledger) else None,
                 positions=self.place.positions,
                 world=self.place.size * self.place.replicas,
                 layers=[index for index, layout in enumerate(layers) if layout],
@@ -353,49 +373,43 @@ class PlannedOptimizer(PreconditionedOptimizer):
 
     # -- what other ranks have their part in --
 
-    def _share_work(self, pieces: Sequence[PlannedView]) -> None:
+    def _share_work(self, params: Sequence[Tensor], pieces: Sequence[PlannedView]) -> Ranks:
         place = self.place
         if place.work is None or place.size * place.replicas == 1:
-            return
+            return Ranks()
         replicas = Ledger(0, place.replicas, self.traffic) if place.replicas > 1 else None
         ledger = Ledger(place.rank, place.size, self.traffic, replicas)
-        self._comm = ledger
         dtype, options = self.recipe.numerics.dtype, self.recipe.sharding
-        self._together = Together(
+        together = Together(
             ledger.labelled(sum="small sums"),
             self.recipe.algorithm,
-            num_params=len(self._params),
+            num_params=len(params),
             work=place.work if place.work.is_shared else None,
             dtype=dtype,
             device=META,
         )
         if not place.work.is_shared and all(home.whole for home in place.homes):
-            return
+            return Ranks(comm=ledger, together=together)
         exchange_dtype = getattr(torch, options.exchange_dtype) if options.exchange_dtype else dtype
-        self._sharding = PlannedSharding(
-            *(self._params, place.work, ledger),
+        sharding = PlannedSharding(
+            *(params, place.work, ledger),
             homes=place.homes,
             dtype=dtype,
             exchange_dtype=exchange_dtype,
         )
-        self._global_state = _NothingSaved()  # type: ignore[assignment]
+        nothing: Any = _NothingSaved()
+        return Ranks(comm=ledger, together=together, sharding=sharding, global_state=nothing)
 
     # -- what this rank has of the parameters --
 
     def _ready_gradients(self) -> dict[int, Tensor]:
-        gradients = dict(self._own_gradients)
-        if self._sharding is None:
-            norms = self._gradient_norms(gradients, {})
+        laid, gradients = self._laid, dict(self._own_gradients)
+        if laid.ranks.sharding is None:
+            norms = gradient_norms(gradients, {}, self.recipe, laid.device)
         else:
-            norms, _ = self._sharding.norms(gradients)
-        self._clip_gradients(gradients, norms, {})
+            norms, _ = laid.ranks.sharding.norms(gradients)
+        clip_gradients(gradients, norms, {}, self.recipe, self._capture)
         return gradients
-
-    def _working_weights(self, indices: Any) -> dict[int, Tensor]:
-        return {index: self._own_weights[index] for index in indices}
-
-    def _round_back(self, weights: Mapping[int, Tensor]) -> None:
-        """Weights are in no dtype but their own."""
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

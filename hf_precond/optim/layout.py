@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
 
+from hf_precond.optim.flat_parameters import check_not_flat
 from hf_precond.preconditioners.base import (
     FALLBACK,
     MAIN,
@@ -22,7 +24,9 @@ from hf_precond.views.joint import Joint
 from hf_precond.views.plan import AnyView, Bucket, PlannedView, plan_buckets
 from hf_precond.views.positions import WeightLayout, positions
 from hf_precond.views.tiles import tile
-from hf_precond.views.view import ParamView, flat
+from hf_precond.views.view import ParamView, check_cover, flat, rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,41 @@ class PlacedView:
     bias: int | None = None
     place: Placement
     first_group: int
+
+
+def take_views(group: MutableMapping[str, Any]) -> None:
+    """Gives a param group its views, by the shapes where it brings none, and checks them.
+
+    Raises:
+        ValueError: for flat parameters, or views that do not belong to the group's parameters.
+    """
+    for param in group["params"]:
+        check_not_flat(param)
+    views = group.setdefault("views", [_default_views(param) for param in group["params"]])
+    layers = group.setdefault("layers", [[] for _ in group["params"]])
+    for key, entries in (("views", views), ("layers", layers)):
+        if len(entries) != len(group["params"]):
+            raise ValueError(
+                f"a param group has {len(group['params'])} parameters and {len(entries)} "
+                f"{key}: give one list of {key} per parameter"
+            )
+    for name, param, plain in zip(group_names(group), group["params"], views, strict=True):
+        _check_views(name, param, plain)
+
+
+def _default_views(param: Tensor) -> list[list[Any]]:
+    """Views from the shape alone: matrices and kernels by rows, the rest to the fallback."""
+    return [rows(param.shape).to_plain()] if param.ndim >= 2 else []
+
+
+def _check_views(name: str, param: Tensor, plain: Sequence[Any]) -> None:
+    """Raises ValueError unless the plain views cover the parameter exactly once."""
+    if not plain:
+        return
+    try:
+        check_cover([ParamView.from_plain(view) for view in plain], param.shape)
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
 
 
 def placed_views(
@@ -205,3 +244,23 @@ def displaced(placed: Iterable[PlacedView]) -> dict[Placement, list[int]]:
         if item.place.reason:
             found.setdefault(item.place, []).append(item.param)
     return found
+
+
+def log_displaced(
+    placed: Sequence[PlacedView], names: Sequence[str], algorithm: str, fallback: str
+) -> None:
+    """Says which matrices the algorithm does not take, and why.
+
+    Args:
+        names: of all parameters.
+        algorithm: its name.
+        fallback: name of the fallback.
+    """
+    for place, params in displaced(placed).items():
+        what = fallback if place.role == FALLBACK else "the graft step"
+        found = list(dict.fromkeys(names[param] for param in params))
+        logger.warning(
+            "%s: %d matrices follow %s: %s (%s%s)",
+            *(algorithm, len(params), what, place.reason),
+            *(", ".join(found[:3]), ", ..." if len(found) > 3 else ""),
+        )

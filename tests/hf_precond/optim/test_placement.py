@@ -506,7 +506,7 @@ def test_tiles_of_several_sizes_are_stacked_in_bounded_chunks() -> None:
     run(optimizer, [1])
     sizes = [
         sum(slot.view.numel for bank in cluster for slot in bank.bucket.slots)
-        for cluster in optimizer._clusters
+        for cluster in optimizer._laid.clusters
     ]
     assert sizes == [50, 50, 50]
     whole = build("shampoo", [parameter(5, 5, seed=index) for index in range(6)], block_size=3)
