@@ -37,8 +37,7 @@ def test_is_documented(name: str, document: str) -> None:
 
 @pytest.mark.parametrize("name", list_optimizers())
 def test_the_page_names_every_option_of_its_own(name: str) -> None:
-    page = (ROOT / "docs" / "optimizers.md").read_text() + (
-        ROOT / "docs" / "shared_basis.md"
-    ).read_text()
+    pages = ("optimizers", "shared_basis", "two_sided_basis")
+    text = "".join((ROOT / "docs" / f"{page}.md").read_text() for page in pages)
     own = [key for key, spec in option_specs(name).items() if spec.section == "algorithm"]
-    assert [key for key in own if f"`{key}`" not in page] == []
+    assert [key for key in own if f"`{key}`" not in text] == []
