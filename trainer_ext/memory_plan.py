@@ -208,7 +208,7 @@ class SharedWork:
         self._homes = [mesh.home(param) for param in self._params]
         placed = placed_views(optimizer.param_groups, self._recipe.algorithm)
         self._pieces = pieces_of(
-            placed, self._params, max_elements=self._recipe.numerics.bucket_size
+            placed, self._params, max_elements=self._recipe.numerics.stack_limit(self._params)
         )
         self._of_param: dict[int, list[PlannedView]] = defaultdict(list)
         for piece in self._pieces:

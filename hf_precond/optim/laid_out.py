@@ -81,7 +81,7 @@ def lay_out(
     """
     params = [param for group in param_groups for param in group["params"]]
     saved: list[dict[str, Any]] = [state.get(param, {}) for param in params]
-    max_elements = recipe.numerics.bucket_size
+    max_elements = recipe.numerics.stack_limit(params)
     pieces = pieces_of(placed, params, max_elements=max_elements)
     buckets = plan_buckets(pieces, max_elements=max_elements)
     phases = phases_by_piece(buckets)

@@ -225,8 +225,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def state_tensors(self) -> list[StateTensor]:
         """Returns what state there is of whole parameters, wherever it lies."""
-        max_elements = self.recipe.numerics.bucket_size
-        pieces = pieces_of(self._placed_views(), self._all_params(), max_elements=max_elements)
+        params = self._all_params()
+        max_elements = self.recipe.numerics.stack_limit(params)
+        pieces = pieces_of(self._placed_views(), params, max_elements=max_elements)
         init = partial(init_stack, self.recipe)
         return [tensor for piece in pieces for tensor in state_tensors(piece, init)]
 
@@ -354,8 +355,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _plan_buckets(self) -> list[Bucket]:
         """The stacks of a single process."""
-        max_elements = self.recipe.numerics.bucket_size
-        return buckets_of(self._placed_views(), self._all_params(), max_elements=max_elements)
+        params = self._all_params()
+        max_elements = self.recipe.numerics.stack_limit(params)
+        return buckets_of(self._placed_views(), params, max_elements=max_elements)
 
     def _ensure_state(self) -> None:
         """Lays the banks out, taking over what ``state`` holds after a load or a copy."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_precond.linalg.fused import check_can_compile
 from hf_precond.optim.stages import StageOptions
@@ -102,8 +104,11 @@ class NumericsOptions:
     max_failures: int = option(
         10, "failed factorisations or skipped steps in a row before an error", low=1
     )
-    bucket_size: int = option(
-        2**26, "weights per stacked call at most; bounds the memory of temporaries", low=1
+    bucket_size: int | None = option(
+        None,
+        "weights per stacked call at most, which bounds the memory of temporaries (none: 2^21 on "
+        "CPUs, 2^26 elsewhere)",
+        low=1,
     )
 
     def __post_init__(self) -> None:
@@ -115,6 +120,16 @@ class NumericsOptions:
     def dtype(self) -> torch.dtype:
         """``state_dtype`` as torch knows it."""
         return DTYPES[self.state_dtype]
+
+    def stack_limit(self, params: Sequence[Tensor]) -> int:
+        """Weights per stacked call, by the device of the first parameter.
+
+        On CPUs calls are cheap, and temporaries above some MiB are fetched from the system and
+        given back at every use, page by page.
+        """
+        if self.bucket_size is not None:
+            return self.bucket_size
+        return 2**21 if params and params[0].device.type == "cpu" else 2**26
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -151,7 +151,8 @@ def split_into_cohorts(
         moment = gradient
         if stages.momentum_site == "gradient":
             moment, factor = momentum_(stages, rows.state, gradient, step)
-            moment = moment * factor
+            # Exactly one after some hundred steps: no copy then.
+            moment = moment if factor == 1 else moment * factor
         yield Cohort(
             slots=slots,
             algorithm=algorithm,
