@@ -1,4 +1,4 @@
-"""``python -m trainer_ext SCRIPT ...`` runs an unmodified script with our optimizers."""
+"""``python -m trainer_ext SCRIPT ...`` runs a script with our optimizers; COMMAND, a command."""
 
 from trainer_ext.cli import run_main
 

@@ -1,4 +1,4 @@
-"""The command line: ``hf-precond list | explain | run`` and ``python -m trainer_ext SCRIPT ...``.
+"""The command line: ``hf-precond COMMAND ...`` and ``python -m trainer_ext SCRIPT or COMMAND ...``.
 
 A mistake of the command line ends with one line on stderr and exit status 2. Errors inside a script
 that is run are the script's own.
@@ -6,108 +6,60 @@ that is run are the script's own.
 
 from __future__ import annotations
 
-import argparse
-import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
-import torch
-import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+import typer
+from typer.exceptions import TyperException
 
-from hf_precond.explain import format_table
-from hf_precond.registry import list_optimizers, optimizer_info
-from trainer_ext.arguments import parse_optim_args
-from trainer_ext.build import explain_groups
-from trainer_ext.optim_names import register
+from trainer_ext.commands.explain import explain_command
+from trainer_ext.commands.listing import list_command
+from trainer_ext.commands.run import SETTINGS, run_command
+
+app = typer.Typer(
+    name="hf-precond",
+    help="Preconditioned optimizers for transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.command("list")(list_command)
+app.command("explain")(explain_command)
+app.command("run", context_settings=SETTINGS)(run_command)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, program: str = "hf-precond") -> None:
     """Entry point of ``hf-precond``."""
-    parser = _Parser(prog="hf-precond", description="Preconditioned optimizers for transformers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="all optimizers, one per line")
-    explain = commands.add_parser("explain", help="which parameter gets which algorithm, and why")
-    explain.add_argument("--model", required=True, help="folder or Hub name of a model or config")
-    explain.add_argument("--optim", required=True, help="name of the optimizer")
-    explain.add_argument("--optim_args", help="its options, as rank=32,update_interval=10")
-    _add_script(commands.add_parser("run", help="run a Hugging Face script with our optimizers"))
-    args = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if args.command == "list":
-            print(list_text())
-        elif args.command == "explain":
-            print(explain_text(args.model, args.optim, args.optim_args))
-        else:
-            _check_script(args.script)
+        action = app(args=arguments, prog_name=program, standalone_mode=False)
+    except TyperException as error:
+        message = error.format_message()
+        if not message:  # the help has been printed
+            sys.exit(2)
+        _fail(program, message)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    if args.command == "run":
-        run_script(args.script, args.script_args)
+        _fail(program, str(error))
+    if callable(action):
+        action()
 
 
 def run_main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m trainer_ext``, also under torchrun and accelerate launch."""
-    parser = _Parser(prog="python -m trainer_ext", description="Runs a Hugging Face script.")
-    _add_script(parser)
-    args = parser.parse_args(argv)
-    try:
-        _check_script(args.script)
-    except ValueError as error:
-        parser.error(str(error))
-    run_script(args.script, args.script_args)
+    """Entry point of ``python -m trainer_ext``, also under torchrun and accelerate launch.
 
-
-def run_script(script: str, script_args: Sequence[str]) -> None:
-    """Runs ``script`` as ``python SCRIPT ARGS`` would, with our optimizers registered before."""
-    register()
-    sys.argv = [script, *script_args]
-    sys.path[0] = str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
-
-
-def list_text() -> str:
-    """Returns one line per optimizer: name and summary."""
-    names = list_optimizers()
-    width = max(map(len, names))
-    return "\n".join(f"{name:<{width}}  {optimizer_info(name).summary}" for name in names)
-
-
-def explain_text(model: str, name: str, optim_args: str | None) -> str:
-    """Returns the table of all parameters of a model under one optimizer.
-
-    Raises:
-        ValueError: unknown name or option.
-        OSError: the model's config cannot be found.
+    A first word that is no command is a script: ``python -m trainer_ext run_clm.py ...``.
     """
-    options = parse_optim_args(name, optim_args).options
-    return format_table(explain_groups(meta_model(model), name, **options))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = arguments[0] if arguments else "--help"
+    if not first.startswith("-") and first not in command_names():
+        arguments.insert(0, "run")
+    main(arguments, program="python -m trainer_ext")
 
 
-def meta_model(name: str) -> nn.Module:
-    """Returns the model of a config, without memory for its weights."""
-    config = AutoConfig.from_pretrained(name)
-    architecture = (config.architectures or [""])[0]
-    model_class = getattr(transformers, architecture, None)
-    with torch.device("meta"):
-        return (
-            AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
-        )
+def command_names() -> list[str]:
+    """The names of all commands."""
+    return [str(command.name) for command in app.registered_commands]
 
 
-def _add_script(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("script", help="the script, for example run_clm.py")
-    parser.add_argument("script_args", nargs=argparse.REMAINDER, help="its own arguments")
-
-
-def _check_script(script: str) -> None:
-    if not Path(script).is_file():
-        raise ValueError(f"there is no script {script!r}")
+def _fail(program: str, message: str) -> None:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -179,9 +179,8 @@ def test_explain(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 ERRORS = {
-    "": "the following arguments are required: command",
-    "lits": "invalid choice: 'lits'",
-    "explain --model MODEL": "the following arguments are required: --optim",
+    "lits": "Did you mean 'list'",
+    "explain --model MODEL": "Missing option '--optim'",
     "explain --model MODEL --optim shared_basis_adagrat": f"Did you mean '{NAME}'",
     f"explain --model MODEL --optim {NAME} --optim_args rnak=3": "unknown option 'rnak'",
     f"explain --model MODEL --optim {NAME} --optim_args rank=0": "rank = 0 is not allowed",
@@ -201,6 +200,20 @@ def test_mistakes_take_one_line(
     assert len(error.splitlines()) == 1
     assert error.startswith("hf-precond")
     assert ERRORS[command] in error
+
+
+def test_help_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.command_names())
+
+
+def test_launcher_takes_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run_main(["list", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in listed] == list(list_optimizers())
 
 
 def test_launcher_without_the_script(capsys: pytest.CaptureFixture[str]) -> None:
