@@ -12,8 +12,10 @@ A share is a view, or a part of one, and the rank that works on it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from heapq import heapreplace
 from math import prod
 from typing import Any
 
@@ -25,6 +27,11 @@ from hf_precond.views.plan import AnyView, Extent, PlannedView, Range
 from hf_precond.views.shards import RowPart, chunk_ranges, row_parts
 from hf_precond.views.tiles import Tiles
 from hf_precond.views.view import ParamView, flat
+
+Parts = Sequence[tuple[int, AnyView, Extent]]
+"""(rank, what it has of a view, as part of the whole) of all ranks."""
+RowsOf = Callable[[AnyView | None, Sequence[int], Sequence[Range]], Parts | None]
+SlicesOf = Callable[[AnyView, bool, int], Parts]
 
 HERE, EXCHANGED, GATHERED = "here", "exchanged", "gathered"
 # Vectors below this size are not worth being cut into slices.
@@ -115,8 +122,11 @@ def plan_work(
             of_param[index].append(piece)
     if mode == "auto" and all(home.whole for home in homes):
         mode = "replicated"
+    # Layers of equal shapes ask the same.
+    rows_of, slices_of = cache(_rows_of), cache(_slices_of)
     routes = tuple(
-        _route(of_param[index], params, homes, algorithm, mode) for index in range(len(params))
+        _route(of_param[index], params, homes, algorithm, mode, rows_of)
+        for index in range(len(params))
     )
     split = mode in ("auto", "blocks") and rows_may_split(algorithm)
     owned = [
@@ -130,11 +140,11 @@ def plan_work(
         found: list[Share]
         route, home = routes[piece.param], homes[piece.param]
         if route == HERE:
-            found = _here(piece, params[piece.param].shape, home)
+            found = _here(piece, params[piece.param].shape, home, rows_of)
         elif route == GATHERED or mode == "replicated":
             found = [Share(view=piece, rank=owners.get(piece.param))]
         else:
-            found = _exchanged(piece, owners, size, split)
+            found = _exchanged(piece, owners, size, split, slices_of)
         shares += found
     return Work(
         routes=routes,
@@ -166,6 +176,7 @@ def _route(
     homes: Sequence[Home],
     algorithm: Preconditioner,
     mode: str,
+    rows_of: RowsOf,
 ) -> str:
     members = {index for piece in pieces for index in piece.params}
     if all(homes[index].whole for index in members):
@@ -173,14 +184,19 @@ def _route(
     if mode == "replicated" or not all(homes[index].ranges for index in members):
         return EXCHANGED
     fits = all(
-        _fits_rows(piece, params[piece.param].shape, homes[piece.param], algorithm, mode)
+        _fits_rows(piece, params[piece.param].shape, homes[piece.param], algorithm, mode, rows_of)
         for piece in pieces
     )
     return HERE if fits else GATHERED
 
 
 def _fits_rows(
-    piece: PlannedView, shape: Sequence[int], home: Home, algorithm: Preconditioner, mode: str
+    piece: PlannedView,
+    shape: Sequence[int],
+    home: Home,
+    algorithm: Preconditioner,
+    mode: str,
+    rows_of: RowsOf,
 ) -> bool:
     """Whether a rank's rows of a parameter can be worked on as they are."""
     role = piece.role
@@ -192,7 +208,7 @@ def _fits_rows(
         return False
     base = piece.view.base if isinstance(piece.view, Tiles) else piece.view
     whole_rows = base is piece.view or piece.view.shape[1] == base.shape[1]
-    return whole_rows and row_parts(base, shape, home.ranges) is not None
+    return whole_rows and rows_of(piece.view, shape, home.ranges) is not None
 
 
 def _needs_owner(pieces: Sequence[PlannedView], mode: str, split: bool) -> bool:
@@ -220,44 +236,54 @@ def _assign(
         unit_of[index] = members
         if index == members[0]:
             units[members] = sum(work_cost(piece.view) for piece in of_param[index])
-    loads, places = [0] * size, {}
+    loads, places = [(0, rank) for rank in range(size)], {}
     for unit, cost in sorted(units.items(), key=lambda item: (-item[1], item[0])):
-        rank = loads.index(min(loads))
-        loads[rank] += cost
+        load, rank = loads[0]
+        heapreplace(loads, (load + cost, rank))
         places[unit] = rank
     return {index: places[unit_of[index]] for index in owned}
 
 
-def _here(piece: PlannedView, shape: Sequence[int], home: Home) -> list[Share]:
+def _here(piece: PlannedView, shape: Sequence[int], home: Home, rows_of: RowsOf) -> list[Share]:
     """Every rank works on what it has."""
     if home.whole:
         return [Share(view=piece, rank=None)]
-    if is_flat(piece):
-        row = prod(shape[1:])
-        return [
-            Share(view=replace(piece, view=flat((stop - start, row)), extent=extent), rank=rank)
-            for rank, (start, stop) in enumerate(home.ranges)
-            if start < stop
-            for extent in [_slice_extent(start * row, stop * row)]
-        ]
-    tiles = piece.view if isinstance(piece.view, Tiles) else None
-    base = piece.view.base if isinstance(piece.view, Tiles) else piece.view
-    assert isinstance(base, ParamView)
-    parts = row_parts(base, shape, home.ranges)
-    assert parts is not None, "checked where the route was taken"
+    found = rows_of(None if is_flat(piece) else piece.view, shape, home.ranges)
+    assert found is not None, "checked where the route was taken"
     return [
-        Share(view=_part(piece, part, tiles), rank=rank)
-        for rank, of_rank in enumerate(parts)
-        for part in of_rank
+        Share(view=_with_extent(piece, view, extent), rank=rank) for rank, view, extent in found
     ]
 
 
-def _part(piece: PlannedView, part: RowPart, tiles: Tiles | None) -> PlannedView:
-    """A piece where only some rows are at hand."""
+def _rows_of(view: AnyView | None, shape: Sequence[int], ranges: Sequence[Range]) -> Parts | None:
+    """What each rank has of a view, or None where rows are not blocks.
+
+    Args:
+        view: None for all elements as one row.
+        shape: of the whole parameter.
+        ranges: rows of the parameter on each rank.
+    """
+    if view is None:
+        row = prod(shape[1:])
+        return [
+            (rank, flat((stop - start, row)), _slice_extent(start * row, stop * row))
+            for rank, (start, stop) in enumerate(ranges)
+            if start < stop
+        ]
+    tiles = view if isinstance(view, Tiles) else None
+    base = view.base if isinstance(view, Tiles) else view
+    assert isinstance(base, ParamView)
+    parts = row_parts(base, shape, ranges)
+    if parts is None:
+        return None
+    return [(rank, *_part(part, tiles)) for rank, of_rank in enumerate(parts) for part in of_rank]
+
+
+def _part(part: RowPart, tiles: Tiles | None) -> tuple[AnyView, Extent]:
+    """A view, or its tiles, where only some rows are at hand."""
     if tiles is None:
         columns = (0, part.view.shape[2])
-        extent = Extent(groups=part.groups, rows=part.rows, columns=columns)
-        return replace(piece, view=part.view, extent=extent)
+        return part.view, Extent(groups=part.groups, rows=part.rows, columns=columns)
     count = tiles.tiles_per_group
     view = Tiles(
         name=tiles.name,
@@ -266,44 +292,66 @@ def _part(piece: PlannedView, part: RowPart, tiles: Tiles | None) -> PlannedView
         columns=tiles.columns,
     )
     groups = (part.groups[0] * count, part.groups[1] * count)
-    extent = Extent(groups=groups, rows=part.rows, columns=(0, tiles.shape[2]))
-    return replace(piece, view=view, extent=extent)
+    return view, Extent(groups=groups, rows=part.rows, columns=(0, tiles.shape[2]))
 
 
-def _exchanged(piece: PlannedView, owners: dict[int, int], size: int, split: bool) -> list[Share]:
+def _with_extent(piece: PlannedView, view: AnyView, extent: Extent) -> PlannedView:
+    """A part of a piece. Written out: there may be a million, and ``replace`` takes long."""
+    return PlannedView(
+        param=piece.param,
+        view=view,
+        bias=piece.bias,
+        number=piece.number,
+        first_group=piece.first_group,
+        key=piece.key,
+        piece=piece.piece,
+        extent=extent,
+    )
+
+
+def _exchanged(
+    piece: PlannedView, owners: dict[int, int], size: int, split: bool, slices_of: SlicesOf
+) -> list[Share]:
     """Every rank has the gradient: one works on all of it, or each on a slice."""
     if not _is_sliced(piece, split):
         return [Share(view=piece, rank=owners[piece.param])]
-    sliced = _slice_flat if is_flat(piece) else _slice_rows
-    length = piece.view.shape[2 if is_flat(piece) else 1]
+    found = slices_of(piece.view, is_flat(piece), size)
     return [
-        Share(view=sliced(piece, start, stop), rank=rank)
+        Share(view=_with_extent(piece, view, extent), rank=rank) for rank, view, extent in found
+    ]
+
+
+def _slices_of(view: AnyView, elementwise: bool, size: int) -> Parts:
+    """Each rank's slice of a view that all of them have."""
+    sliced = _slice_flat if elementwise else _slice_rows
+    length = view.shape[2 if elementwise else 1]
+    return [
+        (rank, *sliced(view, start, stop))
         for rank, (start, stop) in enumerate(chunk_ranges(length, size))
         if start < stop
     ]
 
 
-def _slice_flat(piece: PlannedView, start: int, stop: int) -> PlannedView:
-    length = piece.view.numel
-    view = ParamView(
+def _slice_flat(view: AnyView, start: int, stop: int) -> tuple[AnyView, Extent]:
+    length = view.numel
+    part = ParamView(
         split=(1, 1, length),
         narrows=((2, start, stop - start),),
         order=(0, 1, 2),
         shape=(1, 1, stop - start),
     )
-    return replace(piece, view=view, extent=_slice_extent(start, stop))
+    return part, _slice_extent(start, stop)
 
 
-def _slice_rows(piece: PlannedView, start: int, stop: int) -> PlannedView:
-    groups, _, columns = piece.view.shape
-    if isinstance(piece.view, Tiles):
-        base, cut = piece.view.base, piece.view.columns
+def _slice_rows(view: AnyView, start: int, stop: int) -> tuple[AnyView, Extent]:
+    groups, _, columns = view.shape
+    if isinstance(view, Tiles):
+        base, cut = view.base, view.columns
     else:
-        assert isinstance(piece.view, ParamView)
-        base, cut = piece.view, (0, 1, columns)
-    view = Tiles(name=piece.view.name, base=base, rows=(start, 1, stop - start), columns=cut)
-    extent = Extent(groups=(0, groups), rows=(start, stop), columns=(0, columns))
-    return replace(piece, view=view, extent=extent)
+        assert isinstance(view, ParamView)
+        base, cut = view, (0, 1, columns)
+    part = Tiles(name=view.name, base=base, rows=(start, 1, stop - start), columns=cut)
+    return part, Extent(groups=(0, groups), rows=(start, stop), columns=(0, columns))
 
 
 def _slice_extent(start: int, stop: int) -> Extent:
@@ -312,12 +360,15 @@ def _slice_extent(start: int, stop: int) -> Extent:
 
 def _sums(pieces: Sequence[PlannedView], shares: Sequence[Share]) -> dict[str, Any]:
     """Where the sums over blocks of each piece have their place, and who leads each group."""
+    num_groups = {piece.piece: piece.view.shape[0] for piece in pieces}
     holders: dict[int, dict[int, int]] = defaultdict(dict)
     for share in shares:
         extent = share.view.extent
         if share.view.key[0] == MAIN and extent is not None and share.rank is not None:
-            for group in range(*extent.groups):
-                holders[share.view.piece].setdefault(group, share.rank)
+            found = holders[share.view.piece]
+            if len(found) < num_groups[share.view.piece]:
+                for group in range(*extent.groups):
+                    found.setdefault(group, share.rank)
     sums: dict[int, tuple[int, int]] = {}
     leaders: dict[int, tuple[int, ...]] = {}
     counts: dict[int, int] = defaultdict(int)
