@@ -4,10 +4,12 @@
     scripts/sweep.py configs/bench/wikitext2_gpt2_7m.yaml
     scripts/sweep.py configs/bench/wikitext2_gpt2_7m.yaml --only adamw_torch --set max_steps=100
 
-The YAML file may name the `script` (scripts/train_lm.py, or scripts/train_classifier.py) and has
-three mappings: `base` (options all runs share), `grid` (option -> values, all
-combinations are run) and `variants` (name -> options of that variant, where a list extends or
-replaces the grid). A run that is in the results file already is skipped, so an interrupted sweep is
+The YAML file may name the `script` (scripts/train_lm.py, or another scripts/train_*.py) and has
+mappings: `base` (options all runs share), `grid` (option -> values, all combinations are run),
+`variants` (name -> options of that variant, where a list extends or replaces the grid) and, for a
+random search in place of a full grid, `random`: `trials`, `seed` and `log_uniform` (option ->
+[low, high]); every combination of the grid has the same trials, so that optimizers are compared on
+equal draws. A run that is in the results file already is skipped, so an interrupted sweep is
 continued by the same command.
 """
 
@@ -18,11 +20,15 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +37,12 @@ import yaml
 
 from trainer_ext.config_file import check_keys, read_yaml_mapping, to_arguments
 from trainer_ext.provenance import git_revision, hardware, package_versions
+from trainer_ext.reports import read_records
+from trainer_ext.step_times import ELAPSED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TRAIN_SCRIPTS = ("scripts/train_lm.py", "scripts/train_classifier.py")
-SECTIONS = ("base", "grid", "variants")
+DEFAULT_SCRIPT = "scripts/train_lm.py"
+SECTIONS = ("base", "grid", "variants", "random")
 
 
 @dataclass(frozen=True)
@@ -57,24 +65,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         script, config = read_sweep(args.config)
         runs = select(expand(config, parse_overrides(args.set)), args.only)
+        results = args.results or Path("results") / f"{args.config.stem}.jsonl"
+        done = finished_keys(results)
     except ValueError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         return 2
-    results = args.results or Path("results") / f"{args.config.stem}.jsonl"
-    done = finished_keys(results)
     waiting = [run for run in runs if run.key not in done]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them in {results}")
+    if args.dry_run:
+        print(*(label(run, config) for run in waiting), sep="\n")
+        return 0
     failures = 0
-    for number, run in enumerate(waiting, start=1):
-        print(f"[{number}/{len(waiting)}] {label(run, config)}", flush=True)
-        if args.dry_run:
-            continue
-        record = execute(run, args.work_dir / args.config.stem / run.key, script)
-        if record is None:
-            failures += 1
-            continue
-        append_record(results, record)
-        print(f"    eval_loss {record['metrics'].get('eval_loss')}, {record['wall_time_s']:.0f} s")
+    with cancelled_at_exit(ThreadPoolExecutor(args.jobs)) as pool:
+        folder = args.work_dir / args.config.stem
+        futures = {
+            pool.submit(execute, run, folder / run.key, script, jobs=args.jobs): run
+            for run in waiting
+        }
+        for number, future in enumerate(as_completed(futures), start=1):
+            result = future.result()
+            print(f"[{number}/{len(waiting)}] {label(futures[future], config)}: ", end="")
+            if isinstance(result, str):
+                failures += 1
+                print(result, flush=True)
+                continue
+            append_record(results, result)
+            loss, wall_time_s = result["metrics"].get("eval_loss"), result["wall_time_s"]
+            print(f"eval_loss {loss}, {wall_time_s:.0f} s", flush=True)
     return min(failures, 1)
 
 
@@ -91,44 +108,101 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="change options of all runs"
     )
     parser.add_argument("--dry_run", action="store_true", help="list the runs that are missing")
+    parser.add_argument(
+        *("--jobs", "-j"),
+        type=positive,
+        default=1,
+        help="runs at a time, which share the cores: losses are the same, times are not comparable",
+    )
     return parser.parse_args(argv)
+
+
+@contextmanager
+def cancelled_at_exit(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """A pool that begins nothing more once its user has left, as by Ctrl-C."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
 
 
 # --- what to run ----------------------------------------------------------------------------------
 
 
 def read_sweep(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The training script and the three sections of a sweep file, empty where they are missing.
+    """The training script and the sections of a sweep file, empty where they are missing.
 
     Raises:
-        ValueError: an unknown section or script, a section that is no mapping, or no variant.
+        ValueError: an unknown section or script, a section that is no mapping, no variant, or a
+            random search without number of trials or ranges.
     """
     content = read_yaml_mapping(path)
     check_keys(content, ("script", *SECTIONS))
-    script = content.get("script", TRAIN_SCRIPTS[0])
-    if script not in TRAIN_SCRIPTS:
-        raise ValueError(
-            f"script = {script!r} in {str(path)!r} must be one of {', '.join(TRAIN_SCRIPTS)}"
-        )
+    script = content.get("script", DEFAULT_SCRIPT)
+    known = train_scripts()
+    if script not in known:
+        raise ValueError(f"script = {script!r} in {str(path)!r} must be one of {', '.join(known)}")
     config = {section: content.get(section) or {} for section in SECTIONS}
     for section, value in config.items():
         if not isinstance(value, dict):
             raise ValueError(f"{section} in {str(path)!r} must be a mapping")
     if not config["variants"]:
         raise ValueError(f"variants in {str(path)!r} must name at least one variant")
+    if config["random"]:
+        check_random(config["random"], path)
     return script, config
+
+
+def train_scripts() -> list[str]:
+    """All training scripts of the repository."""
+    return sorted(f"scripts/{path.name}" for path in (REPOSITORY / "scripts").glob("train_*.py"))
+
+
+def check_random(section: Mapping[str, Any], path: Path) -> None:
+    """Checks the section of a random search.
+
+    Raises:
+        ValueError: an unknown key, no whole number of trials, or a range that is none.
+    """
+    check_keys(section, ("trials", "seed", "log_uniform"))
+    trials = section.get("trials")
+    if not isinstance(trials, int) or trials < 1:
+        raise ValueError(f"trials = {trials!r} in {str(path)!r} must be a whole number from 1 on")
+    ranges = section.get("log_uniform")
+    if not isinstance(ranges, dict) or not ranges:
+        raise ValueError(f"log_uniform in {str(path)!r} must map options to [low, high]")
+    for option, pair in ranges.items():
+        low, high = (as_number(end) for end in pair) if len(pair) == 2 else (1.0, 0.0)
+        if not 0 < low < high:
+            raise ValueError(
+                f"{option}: {pair} in {str(path)!r} must be [low, high], 0 < low < high"
+            )
 
 
 def expand(
     config: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Any] | None = None
 ) -> list[Run]:
-    """All runs of a sweep; a variant's own values win over the grid, the grid over the base.
+    """All runs of a sweep; a variant's own values win over trials, trials over the grid, the grid
+    over the base.
 
     `overrides` win over all of them.
     """
     runs = []
+    trials = random_trials(config.get("random") or {})
     for variant, own in config["variants"].items():
-        options = {**config["base"], **config["grid"], **(own or {}), **(overrides or {})}
+        fixed = overrides or {}
+        options = {**config["base"], **config["grid"], **(own or {}), **fixed}
         # Only the sections for axes turn a list into several runs: in `base` it is a plain value.
         axes = {
             key: value
@@ -137,8 +211,33 @@ def expand(
         }
         for values in itertools.product(*axes.values()):
             chosen = {**options, **dict(zip(axes, values, strict=True))}
-            runs.append(Run(variant, {key: as_number(value) for key, value in chosen.items()}))
+            for trial in trials:
+                drawn = {key: trial[key] for key in trial if key not in {**(own or {}), **fixed}}
+                plain = {key: as_number(value) for key, value in {**chosen, **drawn}.items()}
+                runs.append(Run(variant, plain))
     return runs
+
+
+def random_trials(section: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The draws of a random search, log-uniform in each range; a single empty one without a search.
+
+    The first trials of a longer search are those of a shorter one.
+
+    >>> trials = random_trials({"trials": 2, "log_uniform": {"learning_rate": [1e-4, 1e-2]}})
+    >>> [1e-4 <= trial["learning_rate"] <= 1e-2 for trial in trials]
+    [True, True]
+    """
+    if not section:
+        return [{}]
+    generator = random.Random(section.get("seed", 0))
+    ranges = {key: [as_number(end) for end in pair] for key, pair in section["log_uniform"].items()}
+    return [
+        {
+            key: float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")
+            for key, (low, high) in ranges.items()
+        }
+        for _ in range(section["trials"])
+    ]
 
 
 def as_number(value: Any) -> Any:
@@ -187,16 +286,21 @@ def select(runs: list[Run], variants: Sequence[str] | None) -> list[Run]:
 
 
 def label(run: Run, config: Mapping[str, Mapping[str, Any]]) -> str:
-    """The variant and the values of the grid's options."""
-    values = (f"{key}={run.options[key]}" for key in config["grid"])
+    """The variant and the values of the options that are searched."""
+    searched = (config.get("random") or {}).get("log_uniform", {})
+    values = (f"{key}={run.options[key]}" for key in {**config["grid"], **searched})
     return f"{run.variant} {' '.join(values)}"
 
 
 # --- one run --------------------------------------------------------------------------------------
 
 
-def execute(run: Run, folder: Path, script: str) -> dict[str, Any] | None:
-    """Trains in a fresh process; returns the record, or None and the log's tail for a failure."""
+def execute(run: Run, folder: Path, script: str, *, jobs: int = 1) -> dict[str, Any] | str:
+    """Trains in a fresh process; returns the record, or what to print of a failure.
+
+    Args:
+        jobs: runs that share the cores.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     arguments = to_arguments(run.options)
@@ -210,12 +314,13 @@ def execute(run: Run, folder: Path, script: str) -> dict[str, Any] | None:
     log = folder / "train.log"
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment(jobs)
+        ).returncode
     wall_time_s = time.perf_counter() - started
     if code != 0:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        print(f"    failed with exit status {code}, see {log}", *tail, sep="\n    ")
-        return None
+        return "\n    ".join([f"failed with exit status {code}, see {log}", *tail])
     return {
         "key": run.key,
         "variant": run.variant,
@@ -225,17 +330,25 @@ def execute(run: Run, folder: Path, script: str) -> dict[str, Any] | None:
         "git_revision": git_revision(REPOSITORY),
         "packages": package_versions(),
         "hardware": hardware(),
+        "jobs": jobs,
         "wall_time_s": round(wall_time_s, 1),
         **read_run(folder),
     }
 
 
+def environment(jobs: int) -> dict[str, str]:
+    """Of a run: its share of the cores, unless the user has said how many threads there are."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ} if jobs > 1 else dict(os.environ)
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """Curves as [step, loss] pairs and final metrics, from the files the Trainer wrote."""
+    """Curves as [step, value] pairs and final metrics, from the files the Trainer wrote."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return {
         "train_loss": curve(history, "loss"),
         "eval_loss": curve(history, "eval_loss"),
+        ELAPSED: curve(history, ELAPSED),
         "metrics": json_numbers(json.loads((folder / "all_results.json").read_text())),
     }
 
@@ -259,18 +372,22 @@ def json_numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def finished_keys(results: Path) -> set[str]:
-    """Keys of the runs in the results file."""
-    if not results.is_file():
-        return set()
-    lines = results.read_text(encoding="utf-8").splitlines()
-    return {json.loads(line)["key"] for line in lines if line.strip()}
+    """Keys of the runs in the results file.
+
+    Raises:
+        ValueError: a whole line that is no run.
+    """
+    return {record["key"] for record in read_records(results)} if results.is_file() else set()
 
 
 def append_record(results: Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON line."""
+    """Appends one JSON line, in place of a last line that a killed sweep has left unfinished."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    with results.open("ab+") as stream:
+        stream.seek(0)
+        content = stream.read()
+        stream.truncate(content.rfind(b"\n") + 1)
+        stream.write(json.dumps(record).encode() + b"\n")
 
 
 def _json_number(value: Any) -> Any:

@@ -16,6 +16,24 @@ def write_json(path: Path, result: Result) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file of JSON lines; a last line without its end is a killed writer's, left out.
+
+    Raises:
+        ValueError: a whole line that is no JSON object.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == len(lines) and not line.endswith("\n")):
+            continue
+        try:
+            records.append(dict(json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {str(path)!r} is no JSON object: {error}") from error
+    return records
+
+
 def show_report(
     result: Result, text: str, plot: Callable[[Result, Path], None], stem: Path | None
 ) -> None:

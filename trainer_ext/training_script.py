@@ -22,6 +22,7 @@ from transformers import (
 from trainer_ext.config_file import parse_config_and_command_line
 from trainer_ext.data.presets import override_config
 from trainer_ext.resume import last_complete_checkpoint
+from trainer_ext.step_times import StepTimesCallback
 
 Metrics = dict[str, float]
 Figure = tuple[str, str, str]
@@ -196,12 +197,17 @@ def train_and_evaluate(
 ) -> Metrics:
     """Trains and evaluates as `do_train` and `do_eval` say; writes the metrics files.
 
+    Training's metrics have the times of a step and the memory (:mod:`trainer_ext.step_times`).
+
     Args:
         complete: adds to the metrics of the evaluation.
     """
     metrics: Metrics = {}
     if trainer.args.do_train:
+        times = StepTimesCallback()
+        trainer.add_callback(times)
         train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        train_metrics |= {f"train_{name}": figure for name, figure in times.figures.items()}
         trainer.log_metrics("train", train_metrics)
         trainer.save_metrics("train", train_metrics)
         metrics |= train_metrics

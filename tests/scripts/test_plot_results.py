@@ -68,6 +68,77 @@ def test_costs_of_a_benchmark_become_columns(plot_results: ModuleType, tmp_path:
     assert shared.endswith("| 3.0 | 1.50 | 1.25 |")
 
 
+def _timed(variant: str, beta2: float, losses: list[float], seed: int = 0) -> dict[str, Any]:
+    """A run of 10 ms a step, or 20 ms, with what it measured of itself."""
+    record = _record(variant, 1e-3, [*losses], seed)
+    step_ms = 10.0 if variant == "adamw_torch" else 20.0
+    names = ("forward_ms", "backward_ms", "optimizer_ms")
+    sizes = {"train_peak_memory_bytes": 2**21, "train_optimizer_state_bytes": 2**20}
+    return {
+        **record,
+        "options": {**record["options"], "adam_beta2": beta2, "seed": seed, "block_size": 8}
+        | {"per_device_train_batch_size": 2},
+        "metrics": {f"train_{name}": step_ms / 4 for name in names}
+        | sizes
+        | {"train_step_ms": step_ms},
+        "train_elapsed_s": [[100, 100 * step_ms / 1e3], [200, 200 * step_ms / 1e3]],
+    }
+
+
+TIMED = [
+    _timed("adamw_torch", 0.9, [5.0, 4.5]),
+    _timed("adamw_torch", 0.99, [5.0, 4.0], seed=0),
+    _timed("adamw_torch", 0.99, [5.0, 4.2], seed=1),
+    _timed("soap", 0.99, [4.1, 3.0]),
+]
+
+
+def test_best_setting_is_over_all_options_that_vary_but_the_seed(plot_results: ModuleType) -> None:
+    adamw, soap = plot_results.summarise(TIMED)
+    assert adamw.setting == (("learning_rate", 1e-3), ("adam_beta2", 0.99))
+    assert soap.setting == (("learning_rate", 1e-3),)
+    assert (adamw.seeds, adamw.final_loss) == (2, pytest.approx(4.1))
+    assert adamw.spread == pytest.approx(0.2 / 2**0.5)
+    table = plot_results.markdown_table([adamw, soap], baseline="adamw_torch")
+    assert "| 0.001, adam_beta2=0.99 | 2 | 200 | 4.1000 ± 0.1414 |" in table
+    settings = plot_results.settings_table([adamw, soap])
+    assert "| adamw_torch | 0.001, adam_beta2=0.99 | **4.1000** |" in settings
+    assert "| adamw_torch | 0.001, adam_beta2=0.9 | 4.5000 |" in settings
+
+
+def test_times_are_the_runs_own(plot_results: ModuleType) -> None:
+    results = plot_results.summarise(TIMED)
+    table = plot_results.markdown_table(results, baseline="adamw_torch", times=True)
+    header, rule, adamw, soap = table.splitlines()
+    assert header.count("|") == rule.count("|") == adamw.count("|") == soap.count("|")
+    # One of AdamW's seeds does not come to the mean of both.
+    assert soap.endswith("| 5.0 | 5.0 | 5.0 | 2.00 | 2.0 | 1.0 | not reached |")
+    results = plot_results.summarise([TIMED[1], TIMED[3]])
+    table = plot_results.markdown_table(results, baseline="adamw_torch", times=True)
+    # AdamW is at 4.0 after 200 steps of 10 ms; SOAP a little after 100 steps of 20 ms.
+    assert table.splitlines()[2].endswith("| 1.00 | 2.0 | 1.0 | 2 (100%) |")
+    assert table.splitlines()[3].endswith("| 2.00 | 2.0 | 1.0 | 2 (109%) |")
+
+
+def test_times_of_runs_that_have_none_are_refused(
+    plot_results: ModuleType, results_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plot_results.main([str(results_file), "--times"]) == 2
+    assert "--times: a run of variant 'adamw_torch' has no train_" in capsys.readouterr().err
+
+
+def test_both_panels_are_drawn(plot_results: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "timed.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in TIMED))
+    assert plot_results.main([str(path), "--times"]) == 0
+    wide = (tmp_path / "timed.png").read_bytes()
+    assert plot_results.main([str(path)]) == 0
+    narrow = (tmp_path / "timed.png").read_bytes()
+    widths = [int.from_bytes(image[16:20], "big") for image in (wide, narrow)]
+    assert widths[0] > 1.5 * widths[1]
+    assert plot_results.tokens_per_step(plot_results.summarise(TIMED)) == 16
+
+
 def test_loss_never_reached_is_said(plot_results: ModuleType) -> None:
     assert plot_results.steps_to_reach([(1, 5.0), (2, 4.5)], 4.0) is None
 

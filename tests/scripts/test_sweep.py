@@ -55,6 +55,16 @@ def test_keys_tell_runs_apart_and_ignore_the_notation(sweep: ModuleType) -> None
         ("base: {}\ngird: {}\n", "unknown key 'gird' in the config file; did you mean grid?"),
         ("variants: [adamw_torch]\n", "variants in .* must be a mapping"),
         ("base: {max_steps: 1}\n", "must name at least one variant"),
+        (
+            "script: scripts/train_mlm.py\n",
+            "'scripts/train_mlm.py' .* must be one of scripts/train",
+        ),
+        ("variants: {a: {}}\nrandom: {trials: 0}\n", "trials = 0 in .* whole number from 1 on"),
+        ("variants: {a: {}}\nrandom: {trials: 2}\n", "log_uniform in .* must map options to"),
+        (
+            "variants: {a: {}}\nrandom: {trials: 2, log_uniform: {learning_rate: [1, 0.1]}}\n",
+            "learning_rate: .* must be .low, high., 0 < low < high",
+        ),
     ],
 )
 def test_malformed_sweep_files_are_refused(
@@ -64,6 +74,77 @@ def test_malformed_sweep_files_are_refused(
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         sweep.read_sweep(path)
+
+
+SEARCH = {
+    "base": {"max_steps": 3},
+    "grid": {"seed": [0, 1]},
+    "variants": {"adamw_torch": {}, "sgd": {"learning_rate": 1.0}},
+    "random": {
+        "trials": 200,
+        "log_uniform": {"learning_rate": ["1e-4", 1e-2], "weight_decay": [1e-3, 1e-1]},
+    },
+}
+
+
+def test_random_search_draws_log_uniformly_the_same_for_all(sweep: ModuleType) -> None:
+    runs = sweep.expand(SEARCH)
+    assert len(runs) == 2 * 2 * 200
+    rates = [run.options["learning_rate"] for run in runs[:200]]
+    assert 1e-4 <= min(rates) < 2e-4
+    assert 5e-3 < max(rates) <= 1e-2
+    # Half of the draws lie below the geometric mean.
+    assert 80 < sum(rate < 1e-3 for rate in rates) < 120
+    assert rates == [run.options["learning_rate"] for run in runs[200:400]]
+    sgd = runs[400:]
+    assert {run.options["learning_rate"] for run in sgd} == {1.0}
+    assert [run.options["weight_decay"] for run in sgd] == [
+        run.options["weight_decay"] for run in runs[:400]
+    ]
+
+
+def test_a_longer_search_continues_a_shorter_one(sweep: ModuleType) -> None:
+    short = {**SEARCH, "random": {**SEARCH["random"], "trials": 3}}
+    few, many = ({run.key for run in sweep.expand(config)} for config in (short, SEARCH))
+    assert few < many
+
+
+def test_overrides_win_over_draws(sweep: ModuleType) -> None:
+    runs = sweep.expand(SEARCH, {"weight_decay": 0.0})
+    assert {run.options["weight_decay"] for run in runs} == {0.0}
+
+
+def test_a_line_that_a_killed_sweep_left_is_replaced(sweep: ModuleType, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    sweep.append_record(results, {"key": "first"})
+    with results.open("a") as stream:
+        stream.write('{"key": "seco')
+    assert sweep.finished_keys(results) == {"first"}
+    sweep.append_record(results, {"key": "third"})
+    assert [json.loads(line)["key"] for line in results.read_text().splitlines()] == [
+        "first",
+        "third",
+    ]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(
+    sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, config = tmp_path / "results.jsonl", tmp_path / "sweep.yaml"
+    results.write_text('{"key": "fi\n{"key": "second"}\n')
+    config.write_text(json.dumps(CONFIG))
+    assert sweep.main([str(config), "--results", str(results)]) == 2
+    assert "line 1 of" in capsys.readouterr().err
+
+
+def test_jobs_share_the_cores(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert "OMP_NUM_THREADS" not in sweep.environment(1)
+    assert sweep.environment(3)["OMP_NUM_THREADS"] == "2"
+    assert sweep.environment(20)["OMP_NUM_THREADS"] == "1"
+    with pytest.raises(SystemExit):
+        sweep.parse_arguments(["sweep.yaml", "--jobs", "0"])
 
 
 def test_unknown_variant_and_malformed_override_are_refused(sweep: ModuleType) -> None:
@@ -112,7 +193,7 @@ def test_sweep_records_runs_reports_failures_and_resumes(
     text.write_text("".join(f"line {n} says {n % 7}\n" for n in range(400)))
     config, results = tmp_path / "sweep.yaml", tmp_path / "results.jsonl"
     _write_config(config, text, tmp_path / "tokenizers")
-    argv = [str(config), "--results", str(results), "--work_dir", str(tmp_path / "work")]
+    argv = [str(config), "--results", str(results), "--work_dir", str(tmp_path / "work"), "-j2"]
     assert sweep.main(argv) == 1
     assert "invalid choice: 'no_such_optimizer'" in capsys.readouterr().out
     (record,) = [json.loads(line) for line in results.read_text().splitlines()]
@@ -120,6 +201,9 @@ def test_sweep_records_runs_reports_failures_and_resumes(
     assert [step for step, _ in record["eval_loss"]] == [1, 2]
     assert [step for step, _ in record["train_loss"]] == [1, 2]
     assert record["metrics"]["eval_loss"] == record["eval_loss"][-1][1]
+    assert [step for step, _ in record["train_elapsed_s"]] == [1, 2]
+    assert record["metrics"]["train_optimizer_ms"] > 0
+    assert record["jobs"] == 2
     assert record["seed"] == 0
     assert record["packages"].keys() >= {"python", "torch", "transformers"}
     assert record["hardware"]["cores"] >= 1

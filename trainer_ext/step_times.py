@@ -1,0 +1,174 @@
+"""Where the time and the memory of a training run go: forward, backward, optimizer, the rest."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainer_ext.callbacks import our_optimizer, unwrap
+
+ELAPSED = "train_elapsed_s"
+"""Key in the log history: seconds spent in training steps so far, without evaluation and saving."""
+_FORWARD, _TO_STEP, _OPTIMIZER, _WHOLE = "forward", "to_step", "optimizer", "whole"
+Mark = float | torch.cuda.Event
+
+
+class StepTimesCallback(TrainerCallback):
+    """Measures every step of a Trainer run without holding it up.
+
+    Medians over all steps but the first, which allocates and compiles. On CUDA the marks are events
+    in the stream, read when the run ends; nothing waits for the device in between.
+
+    Attributes:
+        figures: complete when training has ended. ``forward_ms``, ``backward_ms`` (whatever lies
+            between the forward passes and the optimizer, so clipping too), ``optimizer_ms`` and the
+            whole ``step_ms``; bytes of peak memory and of the optimizer's state. A compiled model
+            has ``forward_backward_ms``: marks inside would cut its graph.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self._marks: dict[str, list[list[tuple[Mark, Mark]]]] = {}
+        self._elapsed_s = 0.0
+        self._cuda = self._compiled = False
+        self._hooks: list[RemovableHandle] = []
+        self._forward_mark: Mark | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins anew, and watches the model's forward pass."""
+        self.__init__()  # type: ignore[misc]  # a Trainer may train again
+        self._cuda = args.device.type == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(args.device)
+        self._marks = {part: [] for part in (_FORWARD, _TO_STEP, _OPTIMIZER, _WHOLE)}
+        self._compiled = args.torch_compile
+        model: nn.Module = kwargs["model"]
+        if not self._compiled:
+            self._hooks = [
+                model.register_forward_pre_hook(lambda *_: self._forward_begins(model)),
+                model.register_forward_hook(lambda *_: self._forward_ends(model)),
+            ]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first batch of a step is at hand."""
+        for of_part in self._marks.values():
+            of_part.append([])
+        self._begun, self._begun_s = self._mark(), time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are complete and clipped."""
+        self._ready = self._mark()
+        self._marks[_TO_STEP][-1].append((self._begun, self._ready))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The optimizer has returned."""
+        self._marks[_OPTIMIZER][-1].append((self._ready, self._mark()))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The scheduler has made its step and gradients are gone."""
+        self._marks[_WHOLE][-1].append((self._begun, self._mark()))
+        self._elapsed_s += time.perf_counter() - self._begun_s
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts the seconds so far beside what has just been logged."""
+        if state.log_history and self._marks:
+            state.log_history[-1].setdefault(ELAPSED, round(self._elapsed_s, 3))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reads the marks."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._cuda:
+            torch.cuda.synchronize(args.device)
+        self.figures = {
+            **self._times(),
+            "peak_memory_bytes": peak_memory(args.device),
+            "optimizer_state_bytes": optimizer_state_bytes(kwargs["optimizer"]),
+        }
+        self._marks = {}
+
+    def _forward_begins(self, model: nn.Module) -> None:
+        # Otherwise it is an evaluation.
+        self._forward_mark = self._mark() if model.training else None
+
+    def _forward_ends(self, model: nn.Module) -> None:
+        if model.training and self._forward_mark is not None and self._marks[_FORWARD]:
+            self._marks[_FORWARD][-1].append((self._forward_mark, self._mark()))
+
+    def _mark(self) -> Mark:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _times(self) -> dict[str, float]:
+        """Medians in milliseconds. The first step counts only where there is no other."""
+        by_part: dict[str, list[float]] = defaultdict(list)
+        for steps in zip(*self._marks.values(), strict=True):
+            parts = [sum(_milliseconds(*pair) for pair in pairs) for pairs in steps]
+            times = dict(zip(self._marks, parts, strict=True))
+            if self._compiled:
+                by_part["forward_backward_ms"].append(times[_TO_STEP])
+            else:
+                by_part["forward_ms"].append(times[_FORWARD])
+                by_part["backward_ms"].append(times[_TO_STEP] - times[_FORWARD])
+            by_part["optimizer_ms"].append(times[_OPTIMIZER])
+            by_part["step_ms"].append(times[_WHOLE])
+        return {
+            name: round(statistics.median(times[1:] or times), 3) for name, times in by_part.items()
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes allocated on a CUDA device, or most memory of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def optimizer_state_bytes(optimizer: Any) -> int:
+    """Bytes of an optimizer's state tensors, wrapped or not; torch's step counters are left out."""
+    ours = our_optimizer(optimizer)
+    if ours is not None:
+        return sum(row.state_bytes for row in ours.plan())
+    inner: Optimizer = unwrap(optimizer)
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for state in inner.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, Tensor) and tensor.ndim
+    )
+
+
+def _milliseconds(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) and isinstance(end, float):
+        return 1e3 * (end - start)
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return start.elapsed_time(end)
