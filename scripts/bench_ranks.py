@@ -272,7 +272,7 @@ def planned(label: str, world: int, args: argparse.Namespace) -> tuple[Handed, H
     parallel, name, options = parts_of(label)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(args))
-    mesh = Mesh(ranks=world, parallel=parallel, positions=16)
+    mesh = Mesh(ranks=world, parallel=parallel, positions=16, device="cpu")
     passes = by_kind(passes_traffic(model, mesh))
     if name == ADAMW:
         return passes, {}

@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parallel=args.parallel,
             replicas=args.replicas,
             positions=args.positions,
+            device=args.device,
         )
         plans = [(plan_adamw(model, mesh), "")]
         for label in args.optims:
@@ -98,6 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parallel", choices=PARALLEL, default="ddp")
     parser.add_argument("--replicas", type=int, default=1, help="of the rows, in hsdp")
     parser.add_argument("--positions", type=int, default=4096, help="tokens of a rank and step")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of the ranks")
     parser.add_argument(
         "--optims",
         nargs="+",

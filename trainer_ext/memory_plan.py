@@ -21,6 +21,7 @@ from hf_precond.optim.banks import Bank
 from hf_precond.optim.health import Health
 from hf_precond.optim.layout import owner_counts, pieces_of, placed_views
 from hf_precond.optim.optimizer import PreconditionedOptimizer
+from hf_precond.optim.options import Recipe
 from hf_precond.optim.pipeline import (
     Cohort,
     Scope,
@@ -64,6 +65,7 @@ class Mesh:
         parallel: ``ddp``, ``fsdp2`` or ``hsdp``.
         replicas: groups that hold the same rows, in ``hsdp``.
         positions: tokens that a rank sees in a step; only methods that look inside the layers ask.
+        device: kind of the ranks' devices, as torch calls it: stacks are smaller on CPUs.
 
     Raises:
         ValueError: for numbers that do not fit each other.
@@ -73,6 +75,7 @@ class Mesh:
     parallel: str = "ddp"
     replicas: int = 1
     positions: int = 4096
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         if self.parallel not in PARALLEL:
@@ -191,6 +194,12 @@ def passes_traffic(model: nn.Module, mesh: Mesh) -> Traffic:
 # -- who works on what --
 
 
+def on_device(recipe: Recipe, device: str) -> Recipe:
+    """The recipe with the stacks it has on a kind of device, for weights that are on none."""
+    limit = recipe.numerics.stack_limit_on(device)
+    return replace(recipe, numerics=replace(recipe.numerics, bucket_size=limit))
+
+
 class SharedWork:
     """The plan of work of all ranks of a mesh.
 
@@ -203,7 +212,8 @@ class SharedWork:
     """
 
     def __init__(self, optimizer: PreconditionedOptimizer, mesh: Mesh) -> None:
-        self._optimizer, self._mesh, self._recipe = optimizer, mesh, optimizer.recipe
+        self._optimizer, self._mesh = optimizer, mesh
+        self._recipe = on_device(optimizer.recipe, mesh.device)
         self._params = [param for group in optimizer.param_groups for param in group["params"]]
         self._homes = [mesh.home(param) for param in self._params]
         placed = placed_views(optimizer.param_groups, self._recipe.algorithm)

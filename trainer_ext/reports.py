@@ -30,7 +30,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(dict(json.loads(line)))
         except ValueError as error:
-            raise ValueError(f"line {number} of {str(path)!r} is no JSON object: {error}") from error
+            raise ValueError(
+                f"line {number} of {str(path)!r} is no JSON object: {error}"
+            ) from error
     return records
 
 

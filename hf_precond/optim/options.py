@@ -122,14 +122,18 @@ class NumericsOptions:
         return DTYPES[self.state_dtype]
 
     def stack_limit(self, params: Sequence[Tensor]) -> int:
-        """Weights per stacked call, by the device of the first parameter.
+        """Weights per stacked call, by the device of the first parameter."""
+        return self.stack_limit_on(params[0].device.type if params else "meta")
+
+    def stack_limit_on(self, device_type: str) -> int:
+        """Weights per stacked call on a kind of device.
 
         On CPUs calls are cheap, and temporaries above some MiB are fetched from the system and
         given back at every use, page by page.
         """
         if self.bucket_size is not None:
             return self.bucket_size
-        return 2**21 if params and params[0].device.type == "cpu" else 2**26
+        return 2**21 if device_type == "cpu" else 2**26
 
     @property
     def storage_dtype(self) -> torch.dtype:

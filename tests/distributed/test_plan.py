@@ -176,6 +176,20 @@ def test_state_traffic_and_temporaries_are_as_planned(
             assert real["peak"] == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_stacks_are_as_on_the_device(device: str) -> None:
+    """In `replicated` ranks agree on the results stack by stack: smaller stacks, more calls."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(4)))
+    optimizer = build_optimizer(model, "shared_basis_adam", lr=1e-3, sharding="replicated")
+    shared = SharedWork(optimizer, Mesh(ranks=2, device=device))
+    planned = shared.planned_rank(0)
+    limit = {"cpu": 2**21, "cuda": 2**26}[device]
+    assert planned.recipe.numerics.stack_limit([]) == limit
+    sizes = [bucket.shape for bucket in planned._plan_buckets()]
+    assert [groups for groups, _, _ in sizes] == {"cpu": [2, 2], "cuda": [4]}[device]
+
+
 @pytest.mark.parametrize("world", [2, MOST])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_adamw_is_as_planned(ranks: Ranks, parallel: str, world: int) -> None:
