@@ -5,12 +5,17 @@
     scripts/sweep.py configs/bench/wikitext2_gpt2_7m.yaml --only adamw_torch --set max_steps=100
 
 The YAML file may name the `script` (scripts/train_lm.py, or another scripts/train_*.py) and has
-mappings: `base` (options all runs share), `grid` (option -> values, all combinations are run),
-`variants` (name -> options of that variant, where a list extends or replaces the grid) and, for a
-random search in place of a full grid, `random`: `trials`, `seed` and `log_uniform` (option ->
-[low, high]); every combination of the grid has the same trials, so that optimizers are compared on
-equal draws. A run that is in the results file already is skipped, so an interrupted sweep is
-continued by the same command.
+mappings:
+
+    base      options that all runs share
+    grid      option -> values; all combinations are run
+    variants  name -> options of that variant, where a list extends or replaces the grid
+    random    a random search beside the grid: `trials`, `seed`, `log_uniform` (option ->
+              [low, high]) and `one_minus` (option -> [low, high] of what it lacks to one); every
+              combination of the grid has the same trials, so that draws are equal for all variants
+
+`extends` names another such file, whose sections count where this one has none. A run that is in
+the results file already is skipped, so an interrupted sweep is continued by the same command.
 """
 
 from __future__ import annotations
@@ -43,6 +48,8 @@ from trainer_ext.step_times import ELAPSED
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_SCRIPT = "scripts/train_lm.py"
 SECTIONS = ("base", "grid", "variants", "random")
+EXTENDS = "extends"
+RANGES = ("log_uniform", "one_minus")
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,10 @@ def read_sweep(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
             random search without number of trials or ranges.
     """
     content = read_yaml_mapping(path)
-    check_keys(content, ("script", *SECTIONS))
+    check_keys(content, ("script", EXTENDS, *SECTIONS))
+    if EXTENDS in content:
+        script, inherited = read_sweep(path.parent / str(content[EXTENDS]))
+        content = {"script": script, **inherited, **content}
     script = content.get("script", DEFAULT_SCRIPT)
     known = train_scripts()
     if script not in known:
@@ -175,14 +185,14 @@ def check_random(section: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: an unknown key, no whole number of trials, or a range that is none.
     """
-    check_keys(section, ("trials", "seed", "log_uniform"))
+    check_keys(section, ("trials", "seed", *RANGES))
     trials = section.get("trials")
     if not isinstance(trials, int) or trials < 1:
         raise ValueError(f"trials = {trials!r} in {str(path)!r} must be a whole number from 1 on")
-    ranges = section.get("log_uniform")
-    if not isinstance(ranges, dict) or not ranges:
+    ranges = searched_ranges(section)
+    if not ranges:
         raise ValueError(f"log_uniform in {str(path)!r} must map options to [low, high]")
-    for option, pair in ranges.items():
+    for option, (_, pair) in ranges.items():
         low, high = (as_number(end) for end in pair) if len(pair) == 2 else (1.0, 0.0)
         if not 0 < low < high:
             raise ValueError(
@@ -230,14 +240,24 @@ def random_trials(section: Mapping[str, Any]) -> list[dict[str, float]]:
     if not section:
         return [{}]
     generator = random.Random(section.get("seed", 0))
-    ranges = {key: [as_number(end) for end in pair] for key, pair in section["log_uniform"].items()}
-    return [
-        {
-            key: float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")
-            for key, (low, high) in ranges.items()
-        }
-        for _ in range(section["trials"])
-    ]
+    trials = []
+    for _ in range(section["trials"]):
+        trial = {}
+        for option, (kind, pair) in searched_ranges(section).items():
+            low, high = (math.log(as_number(end)) for end in pair)
+            value = float(f"{math.exp(generator.uniform(low, high)):.4g}")
+            trial[option] = round(1 - value, 8) if kind == "one_minus" else value
+        trials.append(trial)
+    return trials
+
+
+def searched_ranges(section: Mapping[str, Any]) -> dict[str, tuple[str, Sequence[Any]]]:
+    """Option -> kind and [low, high] of its range in a random search."""
+    return {
+        option: (kind, pair)
+        for kind in RANGES
+        for option, pair in (section.get(kind) or {}).items()
+    }
 
 
 def as_number(value: Any) -> Any:
@@ -287,7 +307,7 @@ def select(runs: list[Run], variants: Sequence[str] | None) -> list[Run]:
 
 def label(run: Run, config: Mapping[str, Mapping[str, Any]]) -> str:
     """The variant and the values of the options that are searched."""
-    searched = (config.get("random") or {}).get("log_uniform", {})
+    searched = searched_ranges(config.get("random") or {})
     values = (f"{key}={run.options[key]}" for key in {**config["grid"], **searched})
     return f"{run.variant} {' '.join(values)}"
 

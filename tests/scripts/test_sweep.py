@@ -103,6 +103,25 @@ def test_random_search_draws_log_uniformly_the_same_for_all(sweep: ModuleType) -
     ]
 
 
+def test_a_file_may_extend_another(sweep: ModuleType, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(json.dumps({**CONFIG, "script": "scripts/train_classifier.py"}))
+    second.write_text(json.dumps({"extends": "first.yaml", "grid": {"seed": [5]}}))
+    script, config = sweep.read_sweep(second)
+    assert script == "scripts/train_classifier.py"
+    assert config["base"] == CONFIG["base"]
+    assert [run.options["seed"] for run in sweep.expand(config)] == [5, 5]
+
+
+def test_what_lacks_to_one_is_drawn_as_a_power(sweep: ModuleType) -> None:
+    ranges = {"one_minus": {"adam_beta2": [1e-4, 1e-1]}}
+    runs = sweep.expand({**SEARCH, "random": {"trials": 200, **ranges}})
+    betas = [run.options["adam_beta2"] for run in runs[:200]]
+    assert 0.9 <= min(betas) < 0.92
+    assert 0.9998 < max(betas) <= 0.9999
+    assert 75 < sum(beta > 1 - 10**-2.5 for beta in betas) < 125
+
+
 def test_a_longer_search_continues_a_shorter_one(sweep: ModuleType) -> None:
     short = {**SEARCH, "random": {**SEARCH["random"], "trials": 3}}
     few, many = ({run.key for run in sweep.expand(config)} for config in (short, SEARCH))
