@@ -30,14 +30,13 @@ from transformers import (
 
 import trainer_ext  # noqa: F401  registers the optimizers
 from trainer_ext.data.classification_metrics import ClassificationMetrics, predicted_classes
-from trainer_ext.data.image_sources import SHAPES
+from trainer_ext.data.image_arguments import ImageArguments
 from trainer_ext.data.images import (
     Augmentation,
     AugmentationEpochs,
     ImageData,
     ImageDataset,
     channel_statistics,
-    load_images,
 )
 from trainer_ext.data.vision_presets import (
     VISION_PRESETS,
@@ -77,63 +76,19 @@ class ModelArguments(ModelChoice):
 
 
 @dataclass(kw_only=True)
-class DataArguments:
+class DataArguments(ImageArguments):
     """Which images, scaled and augmented how."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": f"{SHAPES} (images drawn here, the default), or a Hub dataset or local folder "
-            "with an image and a label column, such as ylecun/mnist or uoft-cs/cifar10."
-        },
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the Hub dataset."}
-    )
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder with MNIST's idx files or CIFAR-10's binary files."},
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images; found by its type when not given."}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels; found by its type or as label."}
-    )
-    validation_split_percentage: int | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluate on this share of the training images and leave the data's own "
-            "evaluation images alone; by default only where there are none, and then 10."
-        },
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Scale the images to this many rows and columns."}
-    )
     random_crop_padding: int = field(
         default=0, metadata={"help": "Train on random crops of images padded by this many pixels."}
     )
     random_flip: bool = field(
         default=False, metadata={"help": "Mirror half of the training images left to right."}
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on N images, the same in every run."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on N images, the same in every run."}
-    )
-    save_final_model: bool = field(
-        default=True, metadata={"help": "Save model and model card in output_dir."}
-    )
 
     def __post_init__(self) -> None:
-        check_minima(
-            self,
-            image_size=1,
-            random_crop_padding=0,
-            max_train_samples=1,
-            max_eval_samples=1,
-        )
+        super().__post_init__()
+        check_minima(self, random_crop_padding=0)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -148,11 +103,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer = build_trainer(model_args, data_args, args)
     metrics = train_and_evaluate(trainer, checkpoint)
     if data_args.save_final_model:
-        folder_name = data_args.data_dir and Path(data_args.data_dir).name
         save_results(
             trainer,
             task="image-classification",
-            dataset=folder_name or data_args.dataset_name or SHAPES,
+            dataset=data_args.data_name,
             finetuned_from=model_args.model_name_or_path,
         )
     if trainer.is_world_process_zero():
@@ -174,17 +128,7 @@ def build_trainer(
     if args.data_seed is None:
         args.data_seed = args.seed
     with args.main_process_first(desc="images"):
-        data = load_images(
-            dataset_name=data_args.dataset_name,
-            dataset_config_name=data_args.dataset_config_name,
-            data_dir=data_args.data_dir,
-            image_column=data_args.image_column,
-            label_column=data_args.label_column,
-            validation_split_percentage=data_args.validation_split_percentage,
-            image_size=data_args.image_size,
-            max_train_samples=data_args.max_train_samples,
-            max_eval_samples=data_args.max_eval_samples,
-        )
+        data = data_args.load()
     model = build_model(model_args, data, args.seed)
     train, validation = build_datasets(data, model.config, data_args, args.data_seed)
     return new_trainer(

@@ -56,6 +56,14 @@ def test_vision_configs_are_valid_arguments(path: Path) -> None:
     Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
+@pytest.mark.parametrize("path", _files("autoencoder"), ids=lambda path: path.stem)
+def test_autoencoder_configs_are_valid_arguments(path: Path) -> None:
+    script = load_script("train_autoencoder")
+    model_args, _, args = parser_of(script)([str(path)])
+    model = script.AutoModel.from_config(script.autoencoder_preset_config(model_args.preset))
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
 @pytest.mark.parametrize("path", _files("bench"), ids=lambda path: path.stem)
 def test_bench_configs_expand_to_valid_runs(sweep: ModuleType, path: Path) -> None:
     script, config = sweep.read_sweep(path)

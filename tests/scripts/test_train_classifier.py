@@ -79,7 +79,8 @@ def test_loss_and_accuracy_are_those_of_the_saved_model(
     # 50 images in batches of 30: the last batch is smaller and must weigh less.
     metrics = train(max_steps=5)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
-    data = train_classifier.load_images(image_size=16, max_train_samples=200, max_eval_samples=50)
+    options = ("image_size", "max_train_samples", "max_eval_samples")
+    data = train_classifier.DataArguments(**{name: TINY[name] for name in options}).load()
     mean, std = (
         torch.tensor(values)[:, None, None]
         for values in (model.config.image_mean, model.config.image_std)
