@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Trainer, TrainingArguments
 
@@ -61,6 +62,16 @@ def test_autoencoder_configs_are_valid_arguments(path: Path) -> None:
     script = load_script("train_autoencoder")
     model_args, _, args = parser_of(script)([str(path)])
     model = script.AutoModel.from_config(script.autoencoder_preset_config(model_args.preset))
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
+@pytest.mark.parametrize("path", _files("tagger"), ids=lambda path: path.stem)
+def test_tagger_configs_are_valid_arguments(path: Path) -> None:
+    script = load_script("train_tagger")
+    model_args, _, args = parser_of(script)([str(path)])
+    with torch.device("meta"):
+        config = model_args.load_config(script.tagger_preset_config)
+        model = script.AutoModelForTokenClassification.from_config(config)
     Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, as an `evaluate.Metric` that needs no network."""
+"""Accuracy of a classifier of images or tokens, as an `evaluate.Metric` that needs no network."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from trainer_ext.data.metrics import metric_info
+from trainer_ext.data.metrics import IGNORED_LABEL, metric_info
 
 
 def predicted_classes(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """The most likely class of each example, [N]; labels are not looked at.
+    """The most likely class of each example, [N], or token, [N, T]; labels are not looked at.
 
     Fits `Trainer(preprocess_logits_for_metrics=...)`, so that the logits of a whole evaluation set
     are never kept.
 
     Args:
-        logits: [N, K], or a tuple that starts with them.
+        logits: [N, K] or [N, T, K], or a tuple that starts with them.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     return logits.argmax(dim=-1)
@@ -52,7 +52,8 @@ class Accuracy(evaluate.Metric):
 class ClassificationMetrics:
     """`Trainer(compute_metrics=...)` over the output of `predicted_classes`.
 
-    Accumulates, so it serves `batch_eval_metrics` as well as one call over the whole set.
+    Of images or of tokens; a label of -100 does not count. Accumulates, so it serves
+    `batch_eval_metrics` as well as one call over the whole set.
     """
 
     def __init__(self) -> None:
@@ -60,9 +61,10 @@ class ClassificationMetrics:
         self.accuracy = Accuracy(keep_in_memory=True)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        labels = _as_integers(prediction.label_ids)
+        counts = labels != IGNORED_LABEL
         self.accuracy.add_batch(
-            predictions=_as_integers(prediction.predictions),
-            references=_as_integers(prediction.label_ids),
+            predictions=_as_integers(prediction.predictions)[counts], references=labels[counts]
         )
         return self.accuracy.compute() if compute_result else {}
 
