@@ -86,12 +86,12 @@ class TaggerAttention(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Of hidden states [N, T, D]; a mask [N, 1, 1, T] is True where there is a word."""
-        kernels = (self.q_proj, self.k_proj, self.v_proj)
-        heads = [
-            kernel(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for kernel in kernels
-        ]
+        q, k, v = (
+            kernel(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for kernel in (self.q_proj, self.k_proj, self.v_proj)
+        )
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))
 
 
