@@ -117,11 +117,15 @@ def check_minima(options: Any, **minima: float) -> None:
 
 
 def parse_training_arguments(
-    model_type: type[ModelChoice], data_type: type, argv: Sequence[str] | None, description: str
+    model_type: type[ModelChoice],
+    data_type: type,
+    argv: Sequence[str] | None,
+    description: str,
+    training_type: type[TrainingArguments] = TrainingArguments,
 ) -> tuple[Any, ...]:
     """Options of the model, the data and the Trainer, which trains and evaluates by default."""
     return parse_config_and_command_line(
-        (model_type, data_type, TrainingArguments),
+        (model_type, data_type, training_type),
         argv,
         defaults={
             "do_train": True,
@@ -173,6 +177,8 @@ def new_trainer(
     args: TrainingArguments,
     train_dataset: Any,
     eval_dataset: Any,
+    *,
+    trainer_class: type[Trainer] = Trainer,
     **options: Any,
 ) -> Trainer:
     """A Trainer whose optimizer's options are checked now, not after the first batch is read.
@@ -180,8 +186,8 @@ def new_trainer(
     Raises:
         ValueError: options of the optimizer that are wrong or do not fit the model.
     """
-    Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return Trainer(
+    trainer_class.get_optimizer_cls_and_kwargs(args, model)
+    return trainer_class(
         model=model,
         args=args,
         train_dataset=train_dataset if args.do_train else None,

@@ -28,7 +28,8 @@ def _files(folder: str) -> list[Path]:
 
 def parser_of(script: ModuleType) -> Parse:
     """Parses arguments as a training script does."""
-    types = (script.ModelArguments, script.DataArguments, TrainingArguments)
+    training_type = getattr(script, "Seq2SeqTrainingArguments", TrainingArguments)
+    types = (script.ModelArguments, script.DataArguments, training_type)
     return lambda argv: parse_config_and_command_line(types, argv)
 
 
@@ -72,6 +73,16 @@ def test_tagger_configs_are_valid_arguments(path: Path) -> None:
     with torch.device("meta"):
         config = model_args.load_config(script.tagger_preset_config)
         model = script.AutoModelForTokenClassification.from_config(config)
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
+@pytest.mark.parametrize("path", _files("translation"), ids=lambda path: path.stem)
+def test_translation_configs_are_valid_arguments(path: Path) -> None:
+    script = load_script("train_translation")
+    model_args, _, args = parser_of(script)([str(path)])
+    with torch.device("meta"):
+        config = model_args.load_config(script.translation_preset_config)
+        model = script.AutoModelForSeq2SeqLM.from_config(config)
     Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
