@@ -86,6 +86,15 @@ def test_translation_configs_are_valid_arguments(path: Path) -> None:
     Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
+@pytest.mark.parametrize("path", _files("clicks"), ids=lambda path: path.stem)
+def test_clicks_configs_are_valid_arguments(path: Path) -> None:
+    script = load_script("train_clicks")
+    model_args, _, args = parser_of(script)([str(path)])
+    config = model_args.load_config(script.preset_config)
+    model = script.AutoModelForSequenceClassification.from_config(config)
+    Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
 @pytest.mark.parametrize("path", _files("bench"), ids=lambda path: path.stem)
 def test_bench_configs_expand_to_valid_runs(sweep: ModuleType, path: Path) -> None:
     script, config = sweep.read_sweep(path)
