@@ -90,8 +90,8 @@ class DryRun(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: Any, out: Any, tensors: Sequence[Tensor]
     ) -> None:
         packet = func.overloadpacket
-        if packet in flop_registry:
-            self.operations.products += flop_registry[packet](*args, **kwargs, out_val=out)
+        if packet in PRODUCTS:
+            self.operations.products += PRODUCTS[packet](*args, **kwargs, out_val=out)
         elif packet in _DECOMPOSITIONS:
             self.operations.decompositions += _DECOMPOSITIONS[packet](*args)
         elif packet.__name__.startswith("_foreach_"):
@@ -161,6 +161,13 @@ def _batch(a: Tensor) -> int:
 
 
 _aten = torch.ops.aten
+PRODUCTS: Mapping[Any, Callable[..., float]] = {
+    **flop_registry,
+    # torch's counter passes over those that change their argument.
+    _aten.addmm_: flop_registry[_aten.addmm],
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+}
+"""Operations of matrix products, by what torch calls them."""
 _DECOMPOSITIONS: Mapping[Any, Callable[..., float]] = {
     _aten._linalg_eigh: _eigh,
     _aten.linalg_qr: _qr,
