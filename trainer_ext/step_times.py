@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer_ext.callbacks import our_optimizer, unwrap
+from trainer_ext.timing import Mark, mark, milliseconds
 
 ELAPSED = "train_elapsed_s"
 """Key in the log history: seconds spent in training steps so far, without evaluation and saving."""
 _FORWARD, _TO_STEP, _OPTIMIZER, _WHOLE = "forward", "to_step", "optimizer", "whole"
-Mark = float | torch.cuda.Event
 
 
 class StepTimesCallback(TrainerCallback):
@@ -40,7 +41,8 @@ class StepTimesCallback(TrainerCallback):
         self.figures: dict[str, float] = {}
         self._marks: dict[str, list[list[tuple[Mark, Mark]]]] = {}
         self._elapsed_s = 0.0
-        self._cuda = self._compiled = False
+        self._device = torch.device("cpu")
+        self._compiled = False
         self._hooks: list[RemovableHandle] = []
         self._forward_mark: Mark | None = None
 
@@ -49,9 +51,9 @@ class StepTimesCallback(TrainerCallback):
     ) -> None:
         """Begins anew, and watches the model's forward pass."""
         self.__init__()  # type: ignore[misc]  # a Trainer may train again
-        self._cuda = args.device.type == "cuda"
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats(args.device)
+        self._device = args.device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._marks = {part: [] for part in (_FORWARD, _TO_STEP, _OPTIMIZER, _WHOLE)}
         self._compiled = args.torch_compile
         model: nn.Module = kwargs["model"]
@@ -67,26 +69,26 @@ class StepTimesCallback(TrainerCallback):
         """The first batch of a step is at hand."""
         for of_part in self._marks.values():
             of_part.append([])
-        self._begun, self._begun_s = self._mark(), time.perf_counter()
+        self._begun, self._begun_s = mark(self._device), time.perf_counter()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gradients are complete and clipped."""
-        self._ready = self._mark()
+        self._ready = mark(self._device)
         self._marks[_TO_STEP][-1].append((self._begun, self._ready))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The optimizer has returned."""
-        self._marks[_OPTIMIZER][-1].append((self._ready, self._mark()))
+        self._marks[_OPTIMIZER][-1].append((self._ready, mark(self._device)))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The scheduler has made its step and gradients are gone."""
-        self._marks[_WHOLE][-1].append((self._begun, self._mark()))
+        self._marks[_WHOLE][-1].append((self._begun, mark(self._device)))
         self._elapsed_s += time.perf_counter() - self._begun_s
 
     def on_log(
@@ -102,8 +104,8 @@ class StepTimesCallback(TrainerCallback):
         """Reads the marks."""
         for hook in self._hooks:
             hook.remove()
-        if self._cuda:
-            torch.cuda.synchronize(args.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self.figures = {
             **self._times(),
             "peak_memory_bytes": peak_memory(args.device),
@@ -113,24 +115,17 @@ class StepTimesCallback(TrainerCallback):
 
     def _forward_begins(self, model: nn.Module) -> None:
         # Otherwise it is an evaluation.
-        self._forward_mark = self._mark() if model.training else None
+        self._forward_mark = mark(self._device) if model.training else None
 
     def _forward_ends(self, model: nn.Module) -> None:
         if model.training and self._forward_mark is not None and self._marks[_FORWARD]:
-            self._marks[_FORWARD][-1].append((self._forward_mark, self._mark()))
-
-    def _mark(self) -> Mark:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            self._marks[_FORWARD][-1].append((self._forward_mark, mark(self._device)))
 
     def _times(self) -> dict[str, float]:
         """Medians in milliseconds. The first step counts only where there is no other."""
         by_part: dict[str, list[float]] = defaultdict(list)
         for steps in zip(*self._marks.values(), strict=True):
-            parts = [sum(_milliseconds(*pair) for pair in pairs) for pairs in steps]
+            parts = [sum(milliseconds(*pair) for pair in pairs) for pairs in steps]
             times = dict(zip(self._marks, parts, strict=True))
             if self._compiled:
                 by_part["forward_backward_ms"].append(times[_TO_STEP])
@@ -158,17 +153,22 @@ def optimizer_state_bytes(optimizer: Any) -> int:
     if ours is not None:
         return sum(row.state_bytes for row in ours.plan())
     inner: Optimizer = unwrap(optimizer)
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for state in inner.state.values()
-        for tensor in state.values()
-        if isinstance(tensor, Tensor) and tensor.ndim
-    )
+    return sum(num_bytes_of(tensor) for tensor in state_tensors(inner) if tensor.ndim)
 
 
-def _milliseconds(start: Mark, end: Mark) -> float:
-    if isinstance(start, float) and isinstance(end, float):
-        return 1e3 * (end - start)
-    assert isinstance(start, torch.cuda.Event)
-    assert isinstance(end, torch.cuda.Event)
-    return start.elapsed_time(end)
+def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
+    """All tensors of an optimizer's state, also those in lists and mappings."""
+    waiting: list[Any] = list(optimizer.state.values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+
+
+def num_bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()

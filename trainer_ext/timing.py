@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -22,6 +22,28 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+Mark: TypeAlias = "float | torch.cuda.Event"
+"""A point in time: of the wall clock, or in a CUDA stream."""
+
+
+def mark(device: torch.device) -> Mark:
+    """This point in time, without waiting for the device."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(start: Mark, end: Mark) -> float:
+    """Between two marks; of a stream they must have been passed (``torch.cuda.synchronize``)."""
+    if isinstance(start, float) and isinstance(end, float):
+        return 1e3 * (end - start)
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return start.elapsed_time(end)
 
 
 @dataclass(kw_only=True)

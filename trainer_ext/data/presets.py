@@ -1,6 +1,6 @@
 """Named model sizes for pretraining from scratch.
 
-The 60m, 130m and 350m LLaMA shapes are those of the low-rank pretraining literature (GaLore,
+The 60m to 1b LLaMA shapes are those of the low-rank pretraining literature (GaLore,
 Zhao et al. 2024), so that results can be set beside it. The 7m and 9m ones train on two CPU cores.
 """
 
@@ -75,6 +75,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "llama-60m": _llama(width=512, intermediate=1376, layers=8, heads=8),
         "llama-130m": _llama(width=768, intermediate=2048, layers=12, heads=12),
         "llama-350m": _llama(width=1024, intermediate=2736, layers=24, heads=16),
+        "llama-1b": _llama(width=2048, intermediate=5461, layers=24, heads=32),
     }
 )
 
