@@ -46,6 +46,7 @@ from trainer_ext.state_files import (
     DamagedCheckpointError,
     digest,
     read_file,
+    read_file_contents,
     versions,
     write_atomically,
     write_file,
@@ -57,6 +58,7 @@ __all__ = [
     "digest",
     "has_optimizer",
     "load_optimizer",
+    "read_contents",
     "read_state",
     "save_optimizer",
 ]
@@ -164,6 +166,26 @@ def read_state(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     parts = list(_verified_parts(Path(folder)))
     return {name: tensor for part, _ in parts for name, tensor in part.items()}, parts[0][1]
+
+
+def read_contents(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Returns the header, and shape, dtype and bytes of every tensor, none of which is read.
+
+    Raises:
+        DamagedCheckpointError: a file is truncated, missing or not of this package.
+        StateMismatchError: another format version.
+    """
+    folder = Path(folder)
+    if rank_files.are_in(folder):
+        names = sorted(rank_files.file_names(folder))
+    elif (folder / FILE_NAME).is_file():
+        names = [FILE_NAME]
+    else:
+        names = sorted(_read_index(folder / INDEX_NAME))
+    contents = [read_file_contents(folder / name) for name in names]
+    return contents[0][0], {key: entry for _, part in contents for key, entry in part.items()}
 
 
 def check_files(folder: str | os.PathLike[str]) -> None:

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from trainer_ext.commands.convert import convert_command
+from trainer_ext.commands.estimate import estimate_command
 from trainer_ext.commands.explain import explain_command
+from trainer_ext.commands.info import info_command
+from trainer_ext.commands.inspect import inspect_command
 from trainer_ext.commands.listing import list_command
 from trainer_ext.commands.run import SETTINGS, run_command
+from trainer_ext.commands.suggest import suggest_command
 
 app = typer.Typer(
     name="hf-precond",
@@ -23,7 +28,12 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("list")(list_command)
+app.command("info")(info_command)
 app.command("explain")(explain_command)
+app.command("estimate")(estimate_command)
+app.command("suggest")(suggest_command)
+app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
 app.command("run", context_settings=SETTINGS)(run_command)
 
 

@@ -53,6 +53,15 @@ def are_in(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / INDEX_NAME).is_file()
 
 
+def file_names(folder: Path) -> set[str]:
+    """The files of all ranks, as the index names them.
+
+    Raises:
+        DamagedCheckpointError: the index cannot be read.
+    """
+    return set(_read_index(folder)[1])
+
+
 def save(optimizer: PreconditionedOptimizer, folder: Path) -> set[str]:
     """Writes every rank's state and returns the names of all files; all ranks call this."""
     comm = optimizer.comm

@@ -221,7 +221,7 @@ def load_optimizer_and_scheduler(
     problem = _load_state(optimizer, Path(folder))
     scheduler_file = Path(folder) / SCHEDULER_NAME
     if scheduler_file.is_file():
-        trainer.lr_scheduler.load_state_dict(_load_plain(scheduler_file))
+        trainer.lr_scheduler.load_state_dict(load_plain(scheduler_file))
     if not problem:
         return
     message = f"resuming from {folder}: {problem}"
@@ -244,7 +244,7 @@ def _load_state(optimizer: PreconditionedOptimizer, folder: Path) -> str:
         if checkpoint.has_optimizer(folder):
             checkpoint.load_optimizer(optimizer, folder)
         elif (folder / OPTIMIZER_NAME).is_file():
-            _load_pickled(optimizer, folder / OPTIMIZER_NAME)
+            load_pickled(optimizer, folder / OPTIMIZER_NAME)
         else:
             return f"there is neither {checkpoint.FILE_NAME} nor {OPTIMIZER_NAME}"
     except StateMismatchError as error:
@@ -252,9 +252,9 @@ def _load_state(optimizer: PreconditionedOptimizer, folder: Path) -> str:
     return ""
 
 
-def _load_pickled(optimizer: PreconditionedOptimizer, path: Path) -> None:
+def load_pickled(optimizer: PreconditionedOptimizer, path: Path) -> None:
     """Loads an optimizer.pt of ours, tensors and plain data only."""
-    saved = _load_plain(path)
+    saved = load_plain(path)
     try:
         # Those of other optimizers are refused by name below.
         if all(
@@ -266,7 +266,7 @@ def _load_pickled(optimizer: PreconditionedOptimizer, path: Path) -> None:
         raise StateMismatchError(f"{path.name} does not fit: {error}") from error
 
 
-def _load_plain(path: Path) -> Any:
+def load_plain(path: Path) -> Any:
     """Loads tensors and plain data, and nothing else."""
     _check_pickled(path)
     try:

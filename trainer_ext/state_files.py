@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,16 @@ from torch import Tensor
 
 import hf_precond
 from hf_precond.optim.flat_state import FORMAT_VERSION, StateMismatchError
+
+DTYPES_OF_FILES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+"""Types of numbers as safetensors calls them."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -92,6 +103,36 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
             f"{path} was altered after it was written: its sha256 does not match"
         )
     return tensors, header, metadata["sha256"]
+
+
+def read_file_contents(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Returns the header of one file, and shape, dtype and bytes of its tensors, reading none.
+
+    Raises:
+        DamagedCheckpointError: the file is truncated, missing or not of this package.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            contents = {}
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                dtype = DTYPES_OF_FILES[part.get_dtype()]
+                size = math.prod(part.get_shape()) * dtype.itemsize
+                contents[name] = {
+                    "shape": part.get_shape(),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "bytes": size,
+                }
+    except (SafetensorError, OSError) as error:
+        raise DamagedCheckpointError(
+            f"{path} is truncated, altered or missing and cannot be read: {error}"
+        ) from error
+    if "header" not in metadata:
+        raise DamagedCheckpointError(
+            f"{path} was not written by this package: its metadata lacks the header"
+        )
+    return _read_header(path, metadata["header"]), contents
 
 
 def _read_header(path: Path, text: str) -> dict[str, Any]:

@@ -57,6 +57,10 @@ INFOS = (
         fixed={"two_sided": False},
         defaults=_DEFAULTS,
         summary="Adam in the basis of the gradient's left singular vectors",
+        formula=(
+            "P has the left singular vectors of the gradient, from time to time. Adam runs on "
+            "P^T G, and its direction is turned back by P."
+        ),
         paper=f"{_PAPER}, Algorithm 1",
     ),
     OptimizerInfo(
@@ -65,6 +69,10 @@ INFOS = (
         fixed={"two_sided": True},
         defaults=_DEFAULTS,
         summary="Adam in the bases of the gradient's left and right singular vectors",
+        formula=(
+            "P and Q have the left and right singular vectors of the gradient, from time to "
+            "time. Adam runs on P^T G Q, and its direction is turned back by both."
+        ),
         paper=f"{_PAPER}, Algorithm 2",
     ),
 )

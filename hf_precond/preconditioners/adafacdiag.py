@@ -73,6 +73,10 @@ INFOS = (
         fixed={"two_sided": False},
         defaults=_DEFAULTS,
         summary="Adafactor in the basis of the gradient's left singular vectors",
+        formula=(
+            "As adadiag, with row and column means in place of the mean square of every entry, "
+            "as Adafactor has them."
+        ),
         paper=_PAPER,
     ),
     OptimizerInfo(
@@ -81,6 +85,10 @@ INFOS = (
         fixed={"two_sided": True},
         defaults=_DEFAULTS,
         summary="Adafactor in the bases of the gradient's left and right singular vectors",
+        formula=(
+            "As adadiag_pp, with row and column means in place of the mean square of every "
+            "entry, as Adafactor has them."
+        ),
         paper=_PAPER,
     ),
 )

@@ -386,6 +386,7 @@ class OptimizerInfo:
         defaults: defaults of this row that differ from the dataclasses' own.
         fixed: algorithm fields that make this row what it is; not options of it.
         summary: one line for help texts.
+        formula: what is kept and what becomes of a gradient, in words.
         paper: citation with equation or algorithm number.
         exemptions: law name -> written reason why the law does not apply.
     """
@@ -395,6 +396,7 @@ class OptimizerInfo:
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     summary: str
+    formula: str
     paper: str
     exemptions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

@@ -95,6 +95,10 @@ INFOS = (
             "attention_grouping": "kernel",
         },
         summary="full-matrix Adam over small blocks inside each output neuron",
+        formula=(
+            "H_j averages g_j g_j^T of every block j of a few weights of one neuron. The "
+            "direction is H_j^(-1/2) m_j, at the length of an Adam step."
+        ),
         paper="Yun et al., AdaBlock, 2022",
     ),
 )

@@ -316,6 +316,10 @@ INFOS = (
         defaults=_BRAND_DEFAULTS,
         fixed={"decomposition": "rsvd"},
         summary="K-FAC with eigenpairs updated online, linear in the width",
+        formula=(
+            "As kfac, with the leading eigenpairs of A and B updated online by Brand's method, "
+            "without A and B themselves."
+        ),
         paper="Puiu, Brand New K-FACs, 2022, Algorithm 4",
     ),
     OptimizerInfo(
@@ -324,6 +328,10 @@ INFOS = (
         defaults={**_BRAND_DEFAULTS, "rsvd_interval": 100},
         fixed={"decomposition": "rsvd"},
         summary="B-KFAC, from time to time replaced by randomized decompositions",
+        formula=(
+            "As b_kfac, with the eigenpairs taken anew from a randomized decomposition from "
+            "time to time."
+        ),
         paper="Puiu, Brand New K-FACs, 2022, Algorithm 5",
     ),
     OptimizerInfo(
@@ -332,6 +340,9 @@ INFOS = (
         defaults={**_BRAND_DEFAULTS, "correction_interval": 100},
         fixed={"decomposition": "rsvd"},
         summary="B-KFAC with random directions corrected from time to time",
+        formula=(
+            "As b_kfac, with random directions of the eigenpairs corrected from time to time."
+        ),
         paper="Puiu, Brand New K-FACs, 2022, Algorithms 6, 7",
     ),
 )

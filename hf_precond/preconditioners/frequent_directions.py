@@ -101,6 +101,10 @@ INFOS = (
         fixed={"power": 0.5},
         defaults=_DEFAULTS,
         summary="full-matrix Adagrad of each layer in a frequent-directions sketch",
+        formula=(
+            "H = S^T S + r I with a sketch S of a few rows of the sum of g g^T of all weights "
+            "of a layer. The direction is H^(-1/2) m."
+        ),
         paper="Wan and Zhang 2018; Yen et al., NeurIPS 2023, Table 1",
     ),
     OptimizerInfo(
@@ -109,6 +113,10 @@ INFOS = (
         fixed={"power": 1.0},
         defaults=_DEFAULTS,
         summary="online Newton of each layer in a frequent-directions sketch",
+        formula=(
+            "H = S^T S + r I with a sketch S of a few rows of the sum of g g^T of all weights "
+            "of a layer. The direction is H^(-1) m."
+        ),
         paper="Luo et al., Sketched Online Newton, NeurIPS 2016",
     ),
 )

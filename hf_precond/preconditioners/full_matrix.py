@@ -92,6 +92,7 @@ INFOS = (
             "attention_grouping": "kernel",
         },
         summary="full-matrix Adagrad on tensors of a few thousand weights, AdamW on the rest",
+        formula="H sums g g^T of all weights of a tensor. The direction is H^(-1/2) m.",
         paper="Duchi et al., JMLR 2011",
     ),
 )

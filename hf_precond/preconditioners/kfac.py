@@ -60,6 +60,10 @@ INFOS = (
         algorithm=KFac,
         defaults=ROW_DEFAULTS,
         summary="natural gradient from Kronecker factors, decomposed in full",
+        formula=(
+            "A averages a a^T of a layer's inputs, B averages b b^T of the gradients of its "
+            "outputs. The direction is (B + damping)^(-1) M (A + damping)^(-1)."
+        ),
         paper="Martens and Grosse, K-FAC, 2015",
     ),
 )

@@ -97,6 +97,10 @@ INFOS = (
             "attention_grouping": "kernel",
         },
         summary="the momentum with its singular values brought to one",
+        formula=(
+            "M averages the gradients, with Nesterov's look ahead. The direction is U V^T for M "
+            "= U S V^T, by a few matrix products."
+        ),
         paper="Jordan et al., Muon, 2024",
     ),
 )

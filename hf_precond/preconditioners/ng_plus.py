@@ -309,6 +309,10 @@ INFOS = (
         algorithm=NgPlus,
         defaults=_ROW_DEFAULTS,
         summary="natural gradient from the smaller Gram matrix of the mini-batch gradient",
+        formula=(
+            "C averages G G^T, or G^T G where that is smaller, of the mini-batch gradient G as "
+            "a matrix. The direction is (C + damping)^(-1) M."
+        ),
         paper="Yang et al., NG+, 2021, Eq. 11, 12, 14, 16, 17, 18",
     ),
     OptimizerInfo(
@@ -318,6 +322,10 @@ INFOS = (
         defaults={**_ROW_DEFAULTS, "damping": Schedule.parse(0.1)},
         fixed={"curvature": "per_sample"},
         summary="natural gradient from the smaller Gram matrix of per-sample gradients",
+        formula=(
+            "C averages G_i G_i^T, or G_i^T G_i where that is smaller, over the gradients G_i "
+            "of single samples. The direction is (C + damping)^(-1) M."
+        ),
         paper="Yang et al., NG+, 2021, Eq. 4, 5, 14, 16, 17, 18",
     ),
 )

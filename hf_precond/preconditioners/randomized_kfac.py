@@ -129,6 +129,10 @@ INFOS = (
         defaults=_DEFAULTS,
         fixed={"decomposition": "rsvd"},
         summary="K-FAC with randomized singular value decompositions of the factors",
+        formula=(
+            "As kfac, with the leading eigenpairs of A and B from a randomized singular value "
+            "decomposition."
+        ),
         paper="Puiu, Brand New K-FACs, 2022, Algorithm 1",
     ),
     OptimizerInfo(
@@ -137,6 +141,10 @@ INFOS = (
         defaults=_DEFAULTS,
         fixed={"decomposition": "srevd"},
         summary="K-FAC with randomized symmetric eigenvalue decompositions of the factors",
+        formula=(
+            "As kfac, with the leading eigenpairs of A and B from a randomized symmetric "
+            "eigenvalue decomposition."
+        ),
         paper="Puiu, Brand New K-FACs, 2022, section 2.2",
     ),
 )

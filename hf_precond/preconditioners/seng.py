@@ -194,6 +194,10 @@ INFOS = (
             "attention_grouping": "kernel",
         },
         summary="natural gradient of per-sample gradients, inverted between samples",
+        formula=(
+            "F sums u_i u_i^T of single samples' gradients u_i = b_i a_i^T. The direction is (F "
+            "+ damping)^(-1) M, inverted between the samples."
+        ),
         paper="Yang et al., SENG, 2021; Puiu, Brand New K-FACs, 2022, section 6",
     ),
 )

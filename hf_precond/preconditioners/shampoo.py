@@ -166,6 +166,10 @@ INFOS = (
             "attention_grouping": "kernel",
         },
         summary="Kronecker-factored second moments of rows and columns, in tiles",
+        formula=(
+            "L averages G G^T and R averages G^T G. The direction is L^(-1/4) M R^(-1/4), at "
+            "the length of an Adam step."
+        ),
         paper="Gupta et al., ICML 2018; Anil et al., Scalable Second Order Optimization, 2020",
     ),
 )

@@ -422,6 +422,12 @@ INFOS = (
         fixed={"accumulate": "sum"},
         defaults=_DEFAULTS,
         summary="Adagrad with per-neuron second moments in one low-rank basis per layer or head",
+        formula=(
+            "H_i = B R_i B^T + r_i (I - B B^T) for every output neuron i of a kernel, with one "
+            "basis B [n, k] for all of them: B follows the largest eigenvectors of the sum of "
+            "g_i g_i^T, R_i sums B^T g_i g_i^T B, r_i what escapes. The direction is H_i^(-1/2) "
+            "g_i, at the length of an Adam step."
+        ),
         paper=f"{_PAPER}, Algorithm 1",
     ),
     OptimizerInfo(
@@ -430,6 +436,10 @@ INFOS = (
         fixed={"accumulate": "ema"},
         defaults=_DEFAULTS,
         summary="the same with exponentially averaged second moments",
+        formula=(
+            "As shared_basis_adagrad, with moving averages in place of sums: R_i <- beta2 R_i + "
+            "(1 - beta2) B^T g_i g_i^T B."
+        ),
         paper=f"{_PAPER}, appendix 6.9",
     ),
 )

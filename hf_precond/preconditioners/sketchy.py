@@ -132,6 +132,10 @@ INFOS = (
             "attention_grouping": "kernel",
         },
         summary="Shampoo with frequent-directions sketches in place of the factors",
+        formula=(
+            "As shampoo, with L and R as frequent-directions sketches: their leading "
+            "eigenvectors, and one number for what was cut off."
+        ),
         paper="Feinberg et al., Sketchy, NeurIPS 2023",
     ),
 )

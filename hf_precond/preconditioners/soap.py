@@ -144,6 +144,10 @@ INFOS = (
         algorithm=Soap,
         defaults={"momentum": "none", "graft": "none", "attention_grouping": "kernel"},
         summary="Adam in the eigenbases of Shampoo's factors",
+        formula=(
+            "L averages G G^T and R averages G^T G; P and Q are their eigenvectors. Adam runs "
+            "on P^T G Q, with the momentum turned along, and its direction is turned back."
+        ),
         paper="Vyas et al., SOAP, 2024",
         exemptions={
             "every_scale_of_gradients_works_in_float32": (

@@ -178,6 +178,12 @@ INFOS = (
             "attention_grouping": "kernel",
         },
         summary="Adam in a low-rank rotation of both sides, and Adam as it is outside of it",
+        formula=(
+            "Bases P [m, k] and Q [n, k] follow the momentum's leading left and right "
+            "directions. Its parts P^T M Q, P^T M and M Q outside of the other basis, and the "
+            "rest, are each divided by the root of their own moving mean square, and put "
+            "together again."
+        ),
         paper="of this project, after Yen et al. 2023 (shared bases) and Vyas et al. 2024 (SOAP)",
     ),
 )
