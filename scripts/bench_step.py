@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark, prints the table and writes the files."""
     args = parse_arguments(argv)
     device = torch.device(args.device)
-    with one_line_errors(__file__):
+    with one_line_errors():
         contenders, left_out = build_contenders(args, device)
     if args.profile is not None:
         print(profile(contenders[-1], token_batch(contenders[-1].model, args, device), args.cycle))

@@ -47,7 +47,7 @@ SHARDING = ("auto", "replicated", "owner", "blocks")
 def main(argv: Sequence[str] | None = None) -> int:
     """Plans, prints the tables and writes the JSON file."""
     args = parse_arguments(argv)
-    with one_line_errors(__file__):
+    with one_line_errors():
         model = meta_model(load_config(args), getattr(torch, args.dtype))
         mesh = Mesh(
             ranks=args.ranks,

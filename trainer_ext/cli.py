@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from trainer_ext.commands import run, train
 from trainer_ext.commands.convert import convert_command
 from trainer_ext.commands.estimate import estimate_command
 from trainer_ext.commands.explain import explain_command
 from trainer_ext.commands.info import info_command
 from trainer_ext.commands.inspect import inspect_command
 from trainer_ext.commands.listing import list_command
-from trainer_ext.commands.run import SETTINGS, run_command
 from trainer_ext.commands.suggest import suggest_command
 
 app = typer.Typer(
@@ -34,7 +34,8 @@ app.command("estimate")(estimate_command)
 app.command("suggest")(suggest_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
-app.command("run", context_settings=SETTINGS)(run_command)
+app.command("train", context_settings=train.SETTINGS)(train.train_command)
+app.command("run", context_settings=run.SETTINGS)(run.run_command)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "hf-precond") -> None:

@@ -141,12 +141,12 @@ def parse_training_arguments(
 
 
 @contextmanager
-def one_line_errors(script: str) -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Turns a ValueError of the preparation into one line on stderr and exit status 2."""
     try:
         yield
     except ValueError as error:
-        print(f"{Path(script).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -40,7 +40,7 @@ RESULT_FILES = frozenset(
 
 
 def load_script(name: str) -> ModuleType:
-    """The module of scripts/NAME.py, loaded once."""
+    """The module of scripts/NAME.py, loaded once; of a thin one that with the main program."""
     qualified = f"hf_precond_script_{name}"
     if qualified not in sys.modules:
         path = REPOSITORY / "scripts" / f"{name}.py"
@@ -51,7 +51,8 @@ def load_script(name: str) -> ModuleType:
         # Dataclasses look their module up while it is executed.
         sys.modules[qualified] = module
         spec.loader.exec_module(module)
-    return sys.modules[qualified]
+    main = getattr(sys.modules[qualified], "main", None)
+    return sys.modules[getattr(main, "__module__", qualified)]
 
 
 # --- what training scripts leave ------------------------------------------------------------------

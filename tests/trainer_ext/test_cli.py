@@ -164,7 +164,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["list"])
-    lines = capsys.readouterr().out.splitlines()
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "name"
     assert [line.split()[0] for line in lines] == list(list_optimizers())
 
 
