@@ -19,6 +19,7 @@ from trainer_ext.commands.explain import explain_command
 from trainer_ext.commands.info import info_command
 from trainer_ext.commands.inspect import inspect_command
 from trainer_ext.commands.listing import list_command
+from trainer_ext.commands.push import push_command
 from trainer_ext.commands.suggest import suggest_command
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command("estimate")(estimate_command)
 app.command("suggest")(suggest_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
+app.command("push")(push_command)
 app.command("train", context_settings=train.SETTINGS)(train.train_command)
 app.command("run", context_settings=run.SETTINGS)(run.run_command)
 
