@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer_ext.cli import command_names
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = [
@@ -34,6 +36,17 @@ def test_named_files_exist(document: Path) -> None:
     assert links or paths
     missing = [str(path) for path in links + paths if not path.exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_named_commands_exist(document: Path) -> None:
+    named = set(re.findall(r"^hf-precond (\w+)", document.read_text(), re.MULTILINE))
+    assert named <= set(command_names())
+
+
+def test_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(f"hf-precond {name}" in text or f"`{name}`" in text for name in command_names())
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

@@ -101,7 +101,11 @@ def files_to_publish(
         if not _matches(upload.path.name, _LEFT_OUT) and not _matches(upload.name, exclude)
     ]
     # A secret that lies aside is a mistake worth hearing of, too.
-    hidden = [Upload(path, path.name) for path in folder.glob(".env*") if path.is_file()]
+    hidden = [
+        Upload(path, path.name)
+        for path in folder.glob(".env*")
+        if path.is_file() and not _matches(path.name, exclude)
+    ]
     _check(kept, hidden, folder)
     return _with_card(kept, folder)
 

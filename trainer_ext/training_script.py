@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -116,16 +117,10 @@ def check_minima(options: Any, **minima: float) -> None:
             raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
-def parse_training_arguments(
-    model_type: type[ModelChoice],
-    data_type: type,
-    argv: Sequence[str] | None,
-    description: str,
-    training_type: type[TrainingArguments] = TrainingArguments,
-) -> tuple[Any, ...]:
+def parse_training_arguments(task: Task, argv: Sequence[str] | None) -> tuple[Any, ...]:
     """Options of the model, the data and the Trainer, which trains and evaluates by default."""
     return parse_config_and_command_line(
-        (model_type, data_type, training_type),
+        (task.model_type, task.data_type, task.training_type),
         argv,
         defaults={
             "do_train": True,
@@ -133,7 +128,7 @@ def parse_training_arguments(
             # Pinning host memory helps copies to an accelerator only.
             "dataloader_pin_memory": torch.accelerator.is_available(),
         },
-        description=description,
+        description=task.description,
     )
 
 
@@ -194,6 +189,54 @@ def new_trainer(
         eval_dataset=eval_dataset,
         **options,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a training program adds to the course that all runs take.
+
+    Attributes:
+        description: of ``--help``.
+        build_trainer: from the options of the model, the data and the Trainer; raises ValueError
+            for options that do not fit each other or the data.
+        complete: adds to the metrics of the last evaluation.
+        figures: what the closing lines show.
+        hub_task: name of the task in model cards.
+        data_name: what model cards call the data.
+    """
+
+    description: str
+    model_type: type[ModelChoice]
+    data_type: type
+    build_trainer: Callable[[Any, Any, Any], Trainer]
+    figures: Sequence[Figure]
+    hub_task: str
+    data_name: Callable[[Any], str]
+    training_type: type[TrainingArguments] = TrainingArguments
+    complete: Callable[[Trainer, Metrics], None] = lambda trainer, metrics: None
+
+
+def run_task(task: Task, argv: Sequence[str] | None) -> Metrics:
+    """Parses, prepares, trains, evaluates, saves; returns the final metrics."""
+    model_args, data_args, args = parse_training_arguments(task, argv)
+    with one_line_errors():
+        if not args.do_train and not args.do_eval:
+            raise ValueError("do_train=False and do_eval=False leave nothing to do")
+        if args.data_seed is None:
+            args.data_seed = args.seed
+        checkpoint = find_checkpoint(args)
+        trainer = task.build_trainer(model_args, data_args, args)
+    metrics = train_and_evaluate(trainer, checkpoint, partial(task.complete, trainer))
+    if data_args.save_final_model:
+        save_results(
+            trainer,
+            task=task.hub_task,
+            dataset=task.data_name(data_args),
+            finetuned_from=model_args.model_name_or_path,
+        )
+    if trainer.is_world_process_zero():
+        print(summary(task.figures, metrics, Path(args.output_dir)))
+    return metrics
 
 
 def train_and_evaluate(

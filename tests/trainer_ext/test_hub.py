@@ -133,6 +133,8 @@ def test_secrets_are_refused(run: Path, name: str) -> None:
         files_to_publish(run)
     assert name in str(refused.value)
     assert TOKEN not in str(refused.value)
+    names = {upload.name for upload in files_to_publish(run, exclude=[name])}
+    assert name not in names
 
 
 class Payload:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -31,15 +30,11 @@ from trainer_ext.data.images import ImageData
 from trainer_ext.training_script import (
     Metrics,
     ModelChoice,
-    find_checkpoint,
+    Task,
     new_trainer,
-    one_line_errors,
     overrides_option,
-    parse_training_arguments,
     preset_option,
-    save_results,
-    summary,
-    train_and_evaluate,
+    run_task,
 )
 
 TRAIN_SET = "train_set"
@@ -65,57 +60,33 @@ class DataArguments(ImageArguments):
     """Which images; their labels do not count."""
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_training_arguments(
-        ModelArguments, DataArguments, argv, __doc__
-    )
-    with one_line_errors():
-        if not args.do_train and not args.do_eval:
-            raise ValueError("do_train=False and do_eval=False leave nothing to do")
-        checkpoint = find_checkpoint(args)
-        trainer, data = build_trainer(model_args, data_args, args)
-
-    def add_train_set(metrics: Metrics) -> None:
-        found = trainer.evaluate(PixelDataset(data.train), metric_key_prefix=TRAIN_SET)
-        metrics[f"{TRAIN_SET}_loss"] = found[f"{TRAIN_SET}_loss"]
-
-    metrics = train_and_evaluate(trainer, checkpoint, add_train_set)
-    if data_args.save_final_model:
-        save_results(
-            trainer,
-            task="feature-extraction",
-            dataset=data_args.data_name,
-            finetuned_from=model_args.model_name_or_path,
-        )
-    if trainer.is_world_process_zero():
-        print(summary(FIGURES, metrics, Path(args.output_dir)))
-    return metrics
-
-
 def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
-) -> tuple[Trainer, ImageData]:
+) -> Trainer:
     """Loads the images and builds a model for them.
 
     Raises:
         ValueError: options that do not fit the data or the model.
     """
-    if args.data_seed is None:
-        args.data_seed = args.seed
     # The data set gives whole batches, from which nothing is to be taken out.
     args.remove_unused_columns = False
     with args.main_process_first(desc="images"):
         data = data_args.load()
     model = build_model(model_args, data, args.seed)
-    trainer = new_trainer(
+    return new_trainer(
         model,
         args,
         PixelDataset(data.train),
         PixelDataset(data.validation),
         data_collator=as_it_is,
     )
-    return trainer, data
+
+
+def add_train_set(trainer: Trainer, metrics: Metrics) -> None:
+    """Adds the loss of all training images, where there was a training."""
+    if trainer.train_dataset is not None:
+        found = trainer.evaluate(trainer.train_dataset, metric_key_prefix=TRAIN_SET)
+        metrics[f"{TRAIN_SET}_loss"] = found[f"{TRAIN_SET}_loss"]
 
 
 def build_model(model_args: ModelArguments, data: ImageData, seed: int) -> PreTrainedModel:
@@ -137,3 +108,20 @@ def build_model(model_args: ModelArguments, data: ImageData, seed: int) -> PreTr
                 f"the images of {data.name!r} have {found}"
             )
     return AutoModel.from_pretrained(model_args.model_name_or_path, config=config)
+
+
+TASK = Task(
+    description=__doc__ or "",
+    model_type=ModelArguments,
+    data_type=DataArguments,
+    build_trainer=build_trainer,
+    figures=FIGURES,
+    hub_task="feature-extraction",
+    data_name=lambda data: data.data_name,
+    complete=add_train_set,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the task; returns the final metrics."""
+    return run_task(TASK, argv)

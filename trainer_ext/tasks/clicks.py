@@ -26,15 +26,11 @@ from transformers import (
 from trainer_ext.data.clicks import ClicksConfig, ClicksDataset, clicks_metrics
 from trainer_ext.training_script import (
     ModelChoice,
-    find_checkpoint,
+    Task,
     new_trainer,
-    one_line_errors,
     overrides_option,
-    parse_training_arguments,
     preset_option,
-    save_results,
-    summary,
-    train_and_evaluate,
+    run_task,
 )
 
 FIGURES = (
@@ -76,27 +72,6 @@ class DataArguments:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_training_arguments(
-        ModelArguments, DataArguments, argv, __doc__
-    )
-    with one_line_errors():
-        checkpoint = find_checkpoint(args)
-        trainer = build_trainer(model_args, data_args, args)
-    metrics = train_and_evaluate(trainer, checkpoint)
-    if data_args.save_final_model:
-        save_results(
-            trainer,
-            task="tabular-classification",
-            dataset=Path(data_args.train_file).name,
-            finetuned_from=model_args.model_name_or_path,
-        )
-    if trainer.is_world_process_zero():
-        print(summary(FIGURES, metrics, Path(args.output_dir)))
-    return metrics
-
-
 def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> Trainer:
@@ -107,8 +82,6 @@ def build_trainer(
     """
     if data_args.train_file is None:
         raise ValueError("train_file is needed: Criteo's columns with a header line")
-    if args.data_seed is None:
-        args.data_seed = args.seed
     rows = ClicksDataset(data_args.train_file)
     kept = len(rows) - max(1, len(rows) * data_args.validation_split_percentage // 100)
     config = model_args.load_config(preset_config)
@@ -135,3 +108,19 @@ def preset_config(name: str) -> ClicksConfig:
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} must be one of {', '.join(PRESETS)}")
     return ClicksConfig()
+
+
+TASK = Task(
+    description=__doc__ or "",
+    model_type=ModelArguments,
+    data_type=DataArguments,
+    build_trainer=build_trainer,
+    figures=FIGURES,
+    hub_task="tabular-classification",
+    data_name=lambda data: Path(data.train_file).name,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the task; returns the final metrics."""
+    return run_task(TASK, argv)

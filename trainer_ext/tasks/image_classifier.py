@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from transformers import (
@@ -44,16 +43,12 @@ from trainer_ext.data.vision_presets import (
 )
 from trainer_ext.training_script import (
     ModelChoice,
+    Task,
     check_minima,
-    find_checkpoint,
     new_trainer,
-    one_line_errors,
     overrides_option,
-    parse_training_arguments,
     preset_option,
-    save_results,
-    summary,
-    train_and_evaluate,
+    run_task,
 )
 
 FIGURES = (
@@ -89,29 +84,6 @@ class DataArguments(ImageArguments):
         check_minima(self, random_crop_padding=0)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_training_arguments(
-        ModelArguments, DataArguments, argv, __doc__
-    )
-    with one_line_errors():
-        if not args.do_train and not args.do_eval:
-            raise ValueError("do_train=False and do_eval=False leave nothing to do")
-        checkpoint = find_checkpoint(args)
-        trainer = build_trainer(model_args, data_args, args)
-    metrics = train_and_evaluate(trainer, checkpoint)
-    if data_args.save_final_model:
-        save_results(
-            trainer,
-            task="image-classification",
-            dataset=data_args.data_name,
-            finetuned_from=model_args.model_name_or_path,
-        )
-    if trainer.is_world_process_zero():
-        print(summary(FIGURES, metrics, Path(args.output_dir)))
-    return metrics
-
-
 # --- preparation ----------------------------------------------------------------------------------
 
 
@@ -123,8 +95,6 @@ def build_trainer(
     Raises:
         ValueError: options that do not fit the data or the model.
     """
-    if args.data_seed is None:
-        args.data_seed = args.seed
     with args.main_process_first(desc="images"):
         data = data_args.load()
     model = build_model(model_args, data, args.seed)
@@ -202,3 +172,19 @@ def build_datasets(
         ImageDataset(data.train, augmentation=augmentation, **normalisation),
         ImageDataset(data.validation, **normalisation),
     )
+
+
+TASK = Task(
+    description=__doc__ or "",
+    model_type=ModelArguments,
+    data_type=DataArguments,
+    build_trainer=build_trainer,
+    figures=FIGURES,
+    hub_task="image-classification",
+    data_name=lambda data: data.data_name,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the task; returns the final metrics."""
+    return run_task(TASK, argv)

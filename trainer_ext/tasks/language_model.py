@@ -36,16 +36,12 @@ from trainer_ext.data.presets import PRESETS, preset_config
 from trainer_ext.data.tokenizer import load_or_train_tokenizer
 from trainer_ext.training_script import (
     ModelChoice,
+    Task,
     check_minima,
-    find_checkpoint,
     new_trainer,
-    one_line_errors,
     overrides_option,
-    parse_training_arguments,
     preset_option,
-    save_results,
-    summary,
-    train_and_evaluate,
+    run_task,
 )
 
 MODEL_DTYPES = ("float32", "bfloat16", "auto")
@@ -155,41 +151,6 @@ class DataArguments:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_training_arguments(
-        ModelArguments, DataArguments, argv, __doc__
-    )
-    with one_line_errors():
-        checkpoint = check_run(data_args, args)
-        trainer = build_trainer(model_args, data_args, args)
-    metrics = train_and_evaluate(trainer, checkpoint, add_perplexity)
-    if data_args.save_final_model:
-        file_name = data_args.train_file and Path(data_args.train_file).name
-        save_results(
-            trainer,
-            task="text-generation",
-            dataset=file_name or data_args.dataset_name or STDLIB,
-            finetuned_from=model_args.model_name_or_path,
-        )
-    if trainer.is_world_process_zero():
-        print(summary(FIGURES, metrics, Path(args.output_dir)))
-    return metrics
-
-
-def check_run(data_args: DataArguments, args: TrainingArguments) -> str | None:
-    """Checks options of different dataclasses against each other; finds the checkpoint to resume.
-
-    Raises:
-        ValueError: names the options and what to do.
-    """
-    if not args.do_train and not args.do_eval:
-        raise ValueError("do_train=False and do_eval=False leave nothing to do")
-    if data_args.streaming and args.do_train and args.max_steps <= 0:
-        raise ValueError(f"streaming=True needs max_steps > 0, got max_steps={args.max_steps}")
-    return find_checkpoint(args)
-
-
 # --- preparation ----------------------------------------------------------------------------------
 
 
@@ -201,8 +162,8 @@ def build_trainer(
     Raises:
         ValueError: options that do not fit the data or the model.
     """
-    if args.data_seed is None:
-        args.data_seed = args.seed
+    if data_args.streaming and args.do_train and args.max_steps <= 0:
+        raise ValueError(f"streaming=True needs max_steps > 0, got max_steps={args.max_steps}")
     corpus = load_corpus(
         dataset_name=data_args.dataset_name,
         dataset_config_name=data_args.dataset_config_name,
@@ -351,3 +312,22 @@ def new_or_pretrained_model(
 def add_perplexity(metrics: dict[str, float]) -> None:
     """With prediction_loss_only the Trainer leaves compute_metrics out."""
     metrics.setdefault("eval_perplexity", perplexity(metrics["eval_loss"]))
+
+
+TASK = Task(
+    description=__doc__ or "",
+    model_type=ModelArguments,
+    data_type=DataArguments,
+    build_trainer=build_trainer,
+    figures=FIGURES,
+    hub_task="text-generation",
+    data_name=lambda data: (
+        (data.train_file and Path(data.train_file).name) or data.dataset_name or STDLIB
+    ),
+    complete=lambda _, metrics: add_perplexity(metrics),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the task; returns the final metrics."""
+    return run_task(TASK, argv)

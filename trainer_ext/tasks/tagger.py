@@ -38,16 +38,12 @@ from trainer_ext.data.tagger import TAGGER_PRESETS, TaggerConfig, tagger_preset_
 from trainer_ext.data.vision_presets import name_labels
 from trainer_ext.training_script import (
     ModelChoice,
+    Task,
     check_minima,
-    find_checkpoint,
     new_trainer,
-    one_line_errors,
     overrides_option,
-    parse_training_arguments,
     preset_option,
-    save_results,
-    summary,
-    train_and_evaluate,
+    run_task,
 )
 
 FIGURES = (
@@ -108,29 +104,6 @@ class DataArguments:
         return read_conllu(path, tags=self.tags)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_training_arguments(
-        ModelArguments, DataArguments, argv, __doc__
-    )
-    with one_line_errors():
-        if not args.do_train and not args.do_eval:
-            raise ValueError("do_train=False and do_eval=False leave nothing to do")
-        checkpoint = find_checkpoint(args)
-        trainer = build_trainer(model_args, data_args, args)
-    metrics = train_and_evaluate(trainer, checkpoint)
-    if data_args.save_final_model:
-        save_results(
-            trainer,
-            task="token-classification",
-            dataset=Path(data_args.train_file).name,
-            finetuned_from=model_args.model_name_or_path,
-        )
-    if trainer.is_world_process_zero():
-        print(summary(FIGURES, metrics, Path(args.output_dir)))
-    return metrics
-
-
 # --- preparation ----------------------------------------------------------------------------------
 
 
@@ -142,8 +115,6 @@ def build_trainer(
     Raises:
         ValueError: options that do not fit the data or the model.
     """
-    if args.data_seed is None:
-        args.data_seed = args.seed
     train, validation = data_args.read("train_file"), data_args.read("validation_file")
     model, tokenizer, tags = build_model(model_args, data_args, train, args.seed)
     length = model.config.max_position_embeddings
@@ -193,3 +164,19 @@ def _length(config: TaggerConfig) -> int:
             f"max_position_embeddings={config.max_position_embeddings} must be at least 2"
         )
     return config.max_position_embeddings
+
+
+TASK = Task(
+    description=__doc__ or "",
+    model_type=ModelArguments,
+    data_type=DataArguments,
+    build_trainer=build_trainer,
+    figures=FIGURES,
+    hub_task="token-classification",
+    data_name=lambda data: Path(data.train_file).name,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the task; returns the final metrics."""
+    return run_task(TASK, argv)

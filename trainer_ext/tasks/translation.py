@@ -40,16 +40,12 @@ from trainer_ext.data.translation import (
 )
 from trainer_ext.training_script import (
     ModelChoice,
+    Task,
     check_minima,
-    find_checkpoint,
     new_trainer,
-    one_line_errors,
     overrides_option,
-    parse_training_arguments,
     preset_option,
-    save_results,
-    summary,
-    train_and_evaluate,
+    run_task,
 )
 
 FIGURES = (
@@ -121,29 +117,6 @@ class DataArguments:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Parses, prepares, trains, evaluates; returns the final metrics."""
-    model_args, data_args, args = parse_training_arguments(
-        ModelArguments, DataArguments, argv, __doc__, Seq2SeqTrainingArguments
-    )
-    with one_line_errors():
-        if not args.do_train and not args.do_eval:
-            raise ValueError("do_train=False and do_eval=False leave nothing to do")
-        checkpoint = find_checkpoint(args)
-        trainer = build_trainer(model_args, data_args, args)
-    metrics = train_and_evaluate(trainer, checkpoint)
-    if data_args.save_final_model:
-        save_results(
-            trainer,
-            task="translation",
-            dataset=Path(data_args.train_source).name,
-            finetuned_from=model_args.model_name_or_path,
-        )
-    if trainer.is_world_process_zero():
-        print(summary(FIGURES, metrics, Path(args.output_dir)))
-    return metrics
-
-
 # --- preparation ----------------------------------------------------------------------------------
 
 
@@ -155,8 +128,6 @@ def build_trainer(
     Raises:
         ValueError: options that do not fit the data or the model.
     """
-    if args.data_seed is None:
-        args.data_seed = args.seed
     train, validation = data_args.read()
     with args.main_process_first(desc="tokenizer"):
         tokenizer = load_tokenizer(model_args, data_args, train)
@@ -216,3 +187,20 @@ def build_model(
     # accumulated batches instead of averaging.
     model.accepts_loss_kwargs = False
     return model
+
+
+TASK = Task(
+    description=__doc__ or "",
+    model_type=ModelArguments,
+    data_type=DataArguments,
+    build_trainer=build_trainer,
+    figures=FIGURES,
+    hub_task="translation",
+    data_name=lambda data: Path(data.train_source).name,
+    training_type=Seq2SeqTrainingArguments,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the task; returns the final metrics."""
+    return run_task(TASK, argv)
