@@ -133,6 +133,17 @@ def test_missing_packages_are_named(
     assert "left out: heavyball_soap, heavyball is not installed" in capsys.readouterr().out
 
 
+def test_compiled_steps_are_not_counted(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "COMPILED", frozenset({"torch_muon"}))
+    result = run(bench, tmp_path, "--step_only", "--optims", "--others", "torch_muon")
+    floor = result["rows"][1]["floor"]
+    assert floor["flops"] is None
+    assert floor["ms"] > 0
+    assert "| not counted |" in (tmp_path / "bench.md").read_text()
+
+
 def test_profile_names_operators(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([*TINY, "--profile", "shared_basis_adam:rank=4"]) == 0
     shown = capsys.readouterr().out
