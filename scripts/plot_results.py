@@ -306,10 +306,11 @@ def markdown_table(
     if baseline not in by_name:
         raise ValueError(f"--baseline {baseline!r} must be one of {', '.join(by_name)}")
     target = by_name[baseline]
+    quality = quality_of(target)
     columns = (
         *("best " + ("setting" if _searched(results) else "learning rate"), "seeds", "steps"),
         "validation loss",
-        "perplexity" if target.accuracy is None else "accuracy",
+        *((quality,) if quality else ()),
         f"steps to the loss of {baseline}",
         *(COST_COLUMNS if costs else ()),
         *((column.format(baseline=baseline) for column in TIME_COLUMNS) if times else ()),
@@ -318,12 +319,22 @@ def markdown_table(
     for result in results:
         cells = (
             *(setting_text(result.setting), result.seeds, f"{result.curve[-1][0]:.0f}"),
-            *(_loss_with_spread(result), _quality_cell(result), _steps_cell(result, target)),
+            _loss_with_spread(result),
+            *((_quality_cell(result),) if quality else ()),
+            _steps_cell(result, target),
             *_cost_cells(result.name, costs),
             *(_time_cells(result, target) if times else ()),
         )
         rows.append(f"| {result.name} | {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
+
+
+def quality_of(result: VariantResult) -> str:
+    """What is shown beside the loss: accuracy, perplexity of language models, or nothing."""
+    if result.accuracy is not None:
+        return "accuracy"
+    has_perplexity = any("eval_perplexity" in run["metrics"] for run in result.runs)
+    return "perplexity" if has_perplexity else ""
 
 
 def setting_text(setting: Setting) -> str:

@@ -52,6 +52,16 @@ def test_table_counts_steps_to_the_loss_of_the_baseline(plot_results: ModuleType
     assert "| 167 (83%) |" in shared
 
 
+def test_perplexity_is_that_of_language_models(plot_results: ModuleType) -> None:
+    results = plot_results.summarise(RECORDS)
+    assert "perplexity" not in plot_results.markdown_table(results, baseline="adamw_torch")
+    texts = [{**run, "metrics": {"eval_perplexity": 54.6}} for run in RECORDS]
+    table = plot_results.markdown_table(plot_results.summarise(texts), baseline="adamw_torch")
+    header, _, adamw, _ = table.splitlines()
+    assert "| perplexity |" in header
+    assert "| 4.0000 | 54.6 |" in adamw
+
+
 def test_costs_of_a_benchmark_become_columns(plot_results: ModuleType, tmp_path: Path) -> None:
     ratios = [("adamw_fused", 1.0, 1.0, 8), ("shared_basis_adam:rank=4", 3.0, 1.5, 10)]
     keys = ("name", "optimizer_ratio", "whole_step_ratio", "state_bytes")
