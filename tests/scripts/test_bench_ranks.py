@@ -17,6 +17,7 @@ CONTENDERS = [
 SIZES = "hidden_size=32,intermediate_size=64,num_hidden_layers=1,vocab_size=64"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_bytes_are_as_planned(repository: Path, tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
