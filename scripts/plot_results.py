@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from trainer_ext.reports import read_records
+from trainer_ext.reports import Curve, read_records, steps_to_reach
 from trainer_ext.step_times import ELAPSED
 
 COST_COLUMNS = ("optimizer step, of AdamW's", "whole step", "state")
@@ -32,8 +32,6 @@ TIME_COLUMNS = (
     *("peak memory MiB", "state MiB", "seconds to the loss of {baseline}"),
 )
 RATE = "learning_rate"
-Curve = list[tuple[float, float]]
-"""Validation loss by step, or by second, ascending."""
 Setting = tuple[tuple[str, Any], ...]
 """(option, value) of what a variant's runs differ in beside the seed, the learning rate first."""
 Record = Mapping[str, Any]
@@ -263,24 +261,6 @@ def seconds_to_reach(result: VariantResult, loss: float) -> float | None:
     """Median over seeds of the seconds of training to a validation loss; None where one has not."""
     found = [steps_to_reach(loss_by_second(run), loss) for run in result.runs]
     return None if None in found else median(found)
-
-
-def steps_to_reach(curve: Curve, loss: float) -> float | None:
-    """The first step (or second) at which the curve, joined by straight lines, is at `loss`.
-
-    >>> steps_to_reach([(100, 5.0), (200, 4.0)], 4.5)
-    150.0
-    """
-    previous: tuple[float, float] | None = None
-    for step, value in curve:
-        if value <= loss:
-            if previous is None:
-                return float(step)
-            last_step, last_value = previous
-            share = (last_value - loss) / (last_value - value)
-            return last_step + share * (step - last_step)
-        previous = (step, value)
-    return None
 
 
 # --- output ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from trainer_ext.commands import run, train
+from trainer_ext.commands.card import card_command
 from trainer_ext.commands.convert import convert_command
 from trainer_ext.commands.estimate import estimate_command
 from trainer_ext.commands.explain import explain_command
@@ -35,6 +36,7 @@ app.command("estimate")(estimate_command)
 app.command("suggest")(suggest_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
+app.command("card")(card_command)
 app.command("push")(push_command)
 app.command("train", context_settings=train.SETTINGS)(train.train_command)
 app.command("run", context_settings=run.SETTINGS)(run.run_command)

@@ -18,7 +18,6 @@ from trainer_ext.arguments import as_text
 
 TAG = "hf-precond"
 _TEMPLATES = Path(__file__).parent / "templates"
-_BEGIN, _END = f"<!-- {TAG}: begin -->", f"<!-- {TAG}: end -->"
 _TIMINGS = re.compile(r"eval_(runtime|.*_per_second)$")
 
 
@@ -33,7 +32,7 @@ def write_card(
     data = ModelCardData(
         library_name="transformers", tags=[TAG, optimizer.algorithm_name, "generated_from_trainer"]
     )
-    content = _render(
+    content = render(
         "model_card.md",
         card_data=data.to_yaml(),
         title=_title(trainer),
@@ -41,7 +40,7 @@ def write_card(
         num_parameters=sum(param.numel() for param in model.parameters()),
         loadable=isinstance(model, PreTrainedModel),
         metrics=last_metrics(trainer.state.log_history),
-        section=_section(optimizer),
+        section=marked("", _optimizer_section(optimizer)),
     )
     ModelCard(content).save(Path(folder) / "README.md")
 
@@ -55,9 +54,24 @@ def add_section(
     tags = card.data.tags or []
     tags = [tags] if isinstance(tags, str) else list(tags)
     card.data.tags = tags + [tag for tag in (TAG, optimizer.algorithm_name) if tag not in tags]
-    earlier = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
-    card.text = f"{earlier.sub('', card.text).rstrip()}\n\n{_section(optimizer)}\n"
     card.save(path)
+    put_section(path, "", _optimizer_section(optimizer))
+
+
+def put_section(path: Path, name: str, content: str) -> None:
+    """Puts a section at the end of a card, in place of an earlier one of this name."""
+    card = ModelCard.load(path)
+    begin = marked(name, "").partition("\n")[0]
+    end = marked(name, "").rpartition("\n")[2]
+    earlier = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}\n*", re.DOTALL)
+    card.text = f"{earlier.sub('', card.text).rstrip()}\n\n{marked(name, content)}\n"
+    card.save(path)
+
+
+def marked(name: str, content: str) -> str:
+    """A section between the marks by which a later one finds it."""
+    mark = f"{TAG} {name}".strip()
+    return f"<!-- {mark}: begin -->\n{content.strip()}\n<!-- {mark}: end -->"
 
 
 def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, str]:
@@ -86,9 +100,9 @@ def changed_options(optimizer: PreconditionedOptimizer) -> dict[str, str]:
     }
 
 
-def _section(optimizer: PreconditionedOptimizer) -> str:
+def _optimizer_section(optimizer: PreconditionedOptimizer) -> str:
     info = optimizer_info(optimizer.algorithm_name)
-    section = _render(
+    return render(
         "optimizer_section.md",
         name=info.name,
         summary=info.summary,
@@ -99,7 +113,6 @@ def _section(optimizer: PreconditionedOptimizer) -> str:
         fallback=optimizer.recipe.fallback.fallback,
         optim_args=",".join(f"{key}={value}" for key, value in changed_options(optimizer).items()),
     )
-    return f"{_BEGIN}\n{section.strip()}\n{_END}"
 
 
 def _hyperparameters(optimizer: PreconditionedOptimizer) -> dict[str, str]:
@@ -116,6 +129,7 @@ def _title(trainer: Trainer) -> str:
     return trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A template of this package with its values."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string((_TEMPLATES / template).read_text()).render(**values)

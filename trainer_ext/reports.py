@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Result = Mapping[str, Any]
+Curve = list[tuple[float, float]]
+"""A loss by step, or by second, ascending."""
 
 
 def write_json(path: Path, result: Result) -> None:
@@ -34,6 +36,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 f"line {number} of {str(path)!r} is no JSON object: {error}"
             ) from error
     return records
+
+
+def steps_to_reach(curve: Curve, loss: float) -> float | None:
+    """The first step (or second) at which the curve, joined by straight lines, is at `loss`.
+
+    >>> steps_to_reach([(100, 5.0), (200, 4.0)], 4.5)
+    150.0
+    """
+    previous: tuple[float, float] | None = None
+    for step, value in curve:
+        if value <= loss:
+            if previous is None:
+                return float(step)
+            last_step, last_value = previous
+            share = (last_value - loss) / (last_value - value)
+            return last_step + share * (step - last_step)
+        previous = (step, value)
+    return None
 
 
 def show_report(
