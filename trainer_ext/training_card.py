@@ -133,7 +133,7 @@ def plot_curves(runs: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
     for axes, name in zip(all_axes[0], shown, strict=False):
         for run, curves in runs.items():
             if name in curves:
-                axes.plot(*zip(*curves[name], strict=True), label=run)
+                axes.plot(*zip(*curves[name], strict=True), marker="o", ms=3, label=run)
         axes.set(xlabel="step", ylabel=LOSSES[name])
         axes.grid(alpha=0.3)
         axes.legend()
