@@ -137,11 +137,17 @@ class ClicksDataset(Dataset):
                 raise ValueError(
                     f"line {number} of {str(path)!r}: {LABEL} = {row[LABEL]!r} must be 0 or 1"
                 )
-            counts = [max(0.0, float(row[name] or 0)) for name in COUNTS]
+            try:
+                counts = [max(0.0, float(row[name] or 0)) for name in COUNTS]
+                categories = [zlib.crc32(row[name].encode()) for name in CATEGORIES]
+            except (ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"line {number} of {str(path)!r} has a missing cell or no number: {error}"
+                ) from error
             self._rows.append(
                 {
                     "counts": np.log1p(counts, dtype=np.float32),
-                    "categories": [zlib.crc32(row[name].encode()) for name in CATEGORIES],
+                    "categories": categories,
                     "labels": int(row[LABEL]),
                 }
             )

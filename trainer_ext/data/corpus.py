@@ -155,7 +155,7 @@ def read_rows(path: str | Path) -> Iterator[str]:
                 yield from (_text_field(line, path) for line in lines if line.strip())
             else:
                 yield from lines
-        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
             raise ValueError(
                 f"text file {str(path)!r} is not UTF-8 text, plain or packed as .xz or .gz: {error}"
             ) from error

@@ -84,6 +84,8 @@ def build_trainer(
         raise ValueError("train_file is needed: Criteo's columns with a header line")
     rows = ClicksDataset(data_args.train_file)
     kept = len(rows) - max(1, len(rows) * data_args.validation_split_percentage // 100)
+    if kept < 1:
+        raise ValueError(f"{data_args.train_file!r} has too few rows to hold some out: {len(rows)}")
     config = model_args.load_config(preset_config)
     set_seed(args.seed)
     if model_args.model_name_or_path is None:

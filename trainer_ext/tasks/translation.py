@@ -168,7 +168,8 @@ def build_model(
         ValueError: sentences that may be longer than the model's.
     """
     config = model_args.load_config(translation_preset_config)
-    if max_length > config.max_position_embeddings:
+    # T5 has relative positions, which have no end.
+    if max_length > getattr(config, "max_position_embeddings", max_length):
         raise ValueError(
             f"max_length={max_length} is above max_position_embeddings="
             f"{config.max_position_embeddings}"
