@@ -168,7 +168,8 @@ def run_ranks(world: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["OMP_NUM_THREADS"] = "1"
         mp.spawn(measure, args=(world, args, folder), nprocs=world)
-        return [torch.load(Path(folder) / f"rank-{rank}.pt") for rank in range(world)]
+        paths = [Path(folder) / f"rank-{rank}.pt" for rank in range(world)]
+        return [torch.load(path, weights_only=True) for path in paths]
 
 
 def measure(rank: int, world: int, args: argparse.Namespace, folder: str) -> None:

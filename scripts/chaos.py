@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import safe_globals
 
 from hf_precond import list_optimizers
 from trainer_ext import checkpoint
@@ -296,7 +297,10 @@ def differences(expected: Path, found: Path) -> list[str]:
     unequal += different(tensors, other_tensors)
     unequal += [] if header == other_header else ["the header of the optimizer's state"]
     for name in ("scheduler.pt", "rng_state.pth"):
-        one, two = (torch.load(folder / name, weights_only=False) for folder in (expected, found))
+        with safe_globals():
+            one, two = (
+                torch.load(folder / name, weights_only=True) for folder in (expected, found)
+            )
         unequal += [] if repr(one) == repr(two) else [name]
     one, two = (losses(folder) for folder in (expected, found))
     return unequal + ([] if one == two else ["the logged losses"])

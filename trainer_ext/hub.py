@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trainer_ext.checkpoint import has_optimizer
 from trainer_ext.resume import incomplete_because, last_complete_checkpoint
 
 CARD = "README.md"
@@ -85,11 +86,11 @@ def files_to_publish(
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not _is_aside(path.relative_to(folder))
     ]
+    if has_optimizer(folder):
+        _check_complete(folder)
     chosen = checkpoint or last_complete_checkpoint(folder)
     if chosen is not None:
-        problem = incomplete_because(chosen)
-        if problem:
-            raise ValueError(f"checkpoint {str(chosen)!r} is not complete: {problem}")
+        _check_complete(chosen)
         found += [
             Upload(path, f"{CHECKPOINT_IN_REPO}/{path.relative_to(chosen).as_posix()}")
             for path in sorted(Path(chosen).rglob("*"))
@@ -139,6 +140,12 @@ def publish(
     except _ERRORS as error:
         raise ValueError(_reason(error, repo)) from None
     return str(commit.commit_url)
+
+
+def _check_complete(checkpoint: str | Path) -> None:
+    problem = incomplete_because(checkpoint)
+    if problem:
+        raise ValueError(f"checkpoint {str(checkpoint)!r} is not complete: {problem}")
 
 
 def _is_aside(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -10,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -50,6 +50,7 @@ class StepTimesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begins anew, and watches the model's forward pass."""
+        self._remove_hooks()  # a try that ran out of memory has not come to its end
         self.__init__()  # type: ignore[misc]  # a Trainer may train again
         self._device = args.device
         if self._device.type == "cuda":
@@ -102,8 +103,7 @@ class StepTimesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Reads the marks."""
-        for hook in self._hooks:
-            hook.remove()
+        self._remove_hooks()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.figures = {
@@ -112,6 +112,10 @@ class StepTimesCallback(TrainerCallback):
             "optimizer_state_bytes": optimizer_state_bytes(kwargs["optimizer"]),
         }
         self._marks = {}
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _forward_begins(self, model: nn.Module) -> None:
         # Otherwise it is an evaluation.
@@ -143,6 +147,10 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes allocated on a CUDA device, or most memory of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # of Unix only
+
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -45,54 +45,37 @@ def test_lm_configs_are_valid_arguments(parse: Parse, path: Path) -> None:
     assert args.optim == read_yaml_mapping(path)["optim"]
 
 
-@pytest.mark.parametrize("path", _files("vision"), ids=lambda path: path.stem)
-def test_vision_configs_are_valid_arguments(path: Path) -> None:
-    script = load_script("train_classifier")
+def _name(value: str | Path) -> str:
+    return value.stem if isinstance(value, Path) else value
+
+
+# Folder -> script, its function of presets and the class of models.
+TASKS = {
+    "vision": ("train_classifier", "vision_preset_config", "AutoModelForImageClassification"),
+    "autoencoder": ("train_autoencoder", "autoencoder_preset_config", "AutoModel"),
+    "tagger": ("train_tagger", "tagger_preset_config", "AutoModelForTokenClassification"),
+    "translation": ("train_translation", "translation_preset_config", "AutoModelForSeq2SeqLM"),
+    "clicks": ("train_clicks", "preset_config", "AutoModelForSequenceClassification"),
+}
+
+
+@pytest.mark.parametrize(
+    ("folder", "path"), [(folder, path) for folder in TASKS for path in _files(folder)], ids=_name
+)
+def test_task_configs_are_valid_arguments(folder: str, path: Path) -> None:
+    name, presets, auto_class = TASKS[folder]
+    script = load_script(name)
     model_args, _, args = parser_of(script)([str(path)])
-    content = read_yaml_mapping(path)
-    assert args.optim == content["optim"]
-    assert path.stem == content["optim"].removesuffix("_torch")
+    with torch.device("meta"):
+        config = model_args.load_config(getattr(script, presets))
+        model = getattr(script, auto_class).from_config(config)
     # Builds the optimizer's options for the model, and so checks them.
-    config = script.vision_preset_config(model_args.preset)
-    model = script.AutoModelForImageClassification.from_config(config)
     Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
-@pytest.mark.parametrize("path", _files("autoencoder"), ids=lambda path: path.stem)
-def test_autoencoder_configs_are_valid_arguments(path: Path) -> None:
-    script = load_script("train_autoencoder")
-    model_args, _, args = parser_of(script)([str(path)])
-    model = script.AutoModel.from_config(script.autoencoder_preset_config(model_args.preset))
-    Trainer.get_optimizer_cls_and_kwargs(args, model)
-
-
-@pytest.mark.parametrize("path", _files("tagger"), ids=lambda path: path.stem)
-def test_tagger_configs_are_valid_arguments(path: Path) -> None:
-    script = load_script("train_tagger")
-    model_args, _, args = parser_of(script)([str(path)])
-    with torch.device("meta"):
-        config = model_args.load_config(script.tagger_preset_config)
-        model = script.AutoModelForTokenClassification.from_config(config)
-    Trainer.get_optimizer_cls_and_kwargs(args, model)
-
-
-@pytest.mark.parametrize("path", _files("translation"), ids=lambda path: path.stem)
-def test_translation_configs_are_valid_arguments(path: Path) -> None:
-    script = load_script("train_translation")
-    model_args, _, args = parser_of(script)([str(path)])
-    with torch.device("meta"):
-        config = model_args.load_config(script.translation_preset_config)
-        model = script.AutoModelForSeq2SeqLM.from_config(config)
-    Trainer.get_optimizer_cls_and_kwargs(args, model)
-
-
-@pytest.mark.parametrize("path", _files("clicks"), ids=lambda path: path.stem)
-def test_clicks_configs_are_valid_arguments(path: Path) -> None:
-    script = load_script("train_clicks")
-    model_args, _, args = parser_of(script)([str(path)])
-    config = model_args.load_config(script.preset_config)
-    model = script.AutoModelForSequenceClassification.from_config(config)
-    Trainer.get_optimizer_cls_and_kwargs(args, model)
+@pytest.mark.parametrize("path", _files("vision"), ids=lambda path: path.stem)
+def test_vision_configs_are_named_as_their_optimizers(path: Path) -> None:
+    assert path.stem == read_yaml_mapping(path)["optim"].removesuffix("_torch")
 
 
 @pytest.mark.parametrize("path", _files("bench"), ids=lambda path: path.stem)

@@ -116,6 +116,15 @@ def test_half_a_checkpoint_is_passed_over_and_refused_by_name(run: Path) -> None
         files_to_publish(run, checkpoint=run / "checkpoint-6")
 
 
+def test_a_damaged_checkpoint_is_refused_as_the_folder_too(run: Path) -> None:
+    folder = run / "checkpoint-6"
+    state = folder / "optimizer.safetensors"
+    content = state.read_bytes()
+    state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"checkpoint-6' is not complete: .*sha256 does not match"):
+        files_to_publish(folder)
+
+
 SECRETS: dict[str, tuple[str, str]] = {
     "notes.txt": (f"login with {TOKEN}", "it has an access token of the Hub in it"),
     "key.pem": ("x", "its name is that of a secret"),

@@ -83,6 +83,32 @@ def test_seconds_so_far_are_in_the_history_and_leave_evaluations_out(tmp_path: P
     assert seconds[6] - seconds[4] < 0.5
 
 
+class FailsOnce(SlowModel):
+    """A model whose first pass finds no memory for its batch."""
+
+    failed = False
+
+    def forward(self, **batch: Any) -> Any:
+        if not self.failed:
+            self.failed = True
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(**batch)
+
+
+def test_a_training_that_begins_again_is_measured_once(tmp_path: Path) -> None:
+    model = FailsOnce(PAUSE_S, 0.0)
+    changes = {"optim": "sgd", "optim_args": None, "save_strategy": "no", "max_steps": 3}
+    run = trainer(
+        tmp_path, model, **changes, remove_unused_columns=False, auto_find_batch_size=True
+    )
+    times = StepTimesCallback()
+    run.add_callback(times)
+    run.train()
+    assert times.figures["forward_ms"] <= times.figures["step_ms"]
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
 def test_measuring_changes_nothing_and_leaves_no_hook(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "plain")
     plain.train()
