@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains, observes, and writes JSON, markdown and plot."""
     args = parse_arguments(argv)
     try:
-        observer = Observer.of(args)
+        observer = new_observer(args)
         runs = [run(args, observer, seed) for seed in args.seeds]
     except ValueError as error:
         print(f"kfac_errors.py: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -173,6 +173,20 @@ def table_1(interval: int) -> list[str]:
     ]
 
 
+def new_observer(args: argparse.Namespace) -> Observer:
+    """The algorithms that the command line names.
+
+    Raises:
+        ValueError: a bad option, or a variant that cannot be compared.
+    """
+    return Observer.of(
+        args.variants,
+        update_interval=args.update_interval,
+        max_columns=args.max_columns,
+        common=args.common,
+    )
+
+
 # --- one run --------------------------------------------------------------------------------------
 
 
@@ -226,7 +240,7 @@ def run(args: argparse.Namespace, observer: Observer, seed: int) -> Run:
     name, _, text = args.optim.partition(":")
     options = parse_optim_args(name, text).options
     optimizer = build_optimizer(model, name, lr=args.learning_rate, **options)
-    layers, columns, params = observed_layers(model, args, observer)
+    layers, columns, params = observed_layers(model, observer, layers=args.layers, device=device)
     batches = Batches(images, args.batch_size, seed)
     windows = to_windows(args, observer, len(batches))
     found = Run(

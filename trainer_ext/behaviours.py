@@ -47,9 +47,13 @@ def train(
 ) -> Any:
     """Resumes from the last complete checkpoint, where the Trainer takes the newest folder.
 
+    Callbacks that every Trainer is to have are added first.
+
     Raises:
         ValueError: ``resume_from_checkpoint`` is true and there is none.
     """
+    for new_callback in callbacks.FOR_EVERY_TRAINER:
+        trainer.add_callback(new_callback())
     if resume_from_checkpoint is True and _is_to_be_ours(trainer) and resume.serves(trainer):
         resume_from_checkpoint = resume.last_complete_checkpoint(trainer.args.output_dir)
         if resume_from_checkpoint is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -17,6 +18,10 @@ from trainer_ext.served import served_names
 logger = get_logger(__name__)
 
 HEALTH_PREFIX = "optim_"
+
+FOR_EVERY_TRAINER: list[Callable[[], TrainerCallback]] = []
+"""Makes callbacks that a Trainer gets when it begins to train, in scripts that know nothing of
+them."""
 
 
 class OptimizerInUseCallback(TrainerCallback):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
-from trainer_ext.commands import run, train
+from trainer_ext.commands import diagnose, run, train
 from trainer_ext.commands.card import card_command
 from trainer_ext.commands.convert import convert_command
 from trainer_ext.commands.estimate import estimate_command
@@ -39,6 +39,7 @@ app.command("convert")(convert_command)
 app.command("card")(card_command)
 app.command("push")(push_command)
 app.command("train", context_settings=train.SETTINGS)(train.train_command)
+app.command("diagnose", context_settings=diagnose.SETTINGS)(diagnose.diagnose_command)
 app.command("run", context_settings=run.SETTINGS)(run.run_command)
 
 

@@ -6,13 +6,13 @@ from those of a reference (Puiu, Brand New K-FACs, 2022, section 4.2).
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +38,29 @@ class Observer:
     algorithms: Mapping[str, Kronecker]
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Observer:
-        """Those that the command line names.
+    def of(
+        cls,
+        variants: Iterable[str],
+        *,
+        update_interval: int = 1,
+        max_columns: int | None = None,
+        common: str = "",
+    ) -> Observer:
+        """The reference and variants written ``NAME[:OPTIONS]``.
+
+        Args:
+            update_interval: steps between updates of the factors, of all of them.
+            max_columns: positions of a batch that all of them see; None for all positions.
+            common: options of all that have them, as in ``optim_args``.
 
         Raises:
             ValueError: a bad option, or a variant that is none of the K-FAC family or wants other
                 columns than the reference.
         """
-        exact = f"kfac:inverse_interval={args.update_interval}"
-        labels = {REFERENCE: exact} | {label: label for label in args.variants}
-        algorithms = {key: to_algorithm(label, args) for key, label in labels.items()}
+        options = {"update_interval": update_interval, "max_columns": max_columns}
+        exact = f"kfac:inverse_interval={update_interval}"
+        labels = {REFERENCE: exact} | {label: label for label in variants}
+        algorithms = {key: to_algorithm(label, common, options) for key, label in labels.items()}
         wanted = algorithms[REFERENCE].layer_needs
         for label, algorithm in algorithms.items():
             if algorithm.layer_needs != wanted:
@@ -78,7 +91,7 @@ class Observer:
         return any(algorithm.captures_at(step) for algorithm in self.algorithms.values())
 
 
-def to_algorithm(label: str, args: argparse.Namespace) -> Kronecker:
+def to_algorithm(label: str, common: str, options: Mapping[str, Any]) -> Kronecker:
     """The algorithm of ``NAME[:OPTIONS]`` with the common options.
 
     Raises:
@@ -86,10 +99,9 @@ def to_algorithm(label: str, args: argparse.Namespace) -> Kronecker:
     """
     name, _, text = label.partition(":")
     specs = option_specs(name)
-    shared = [part for part in args.common.split(",") if part.partition("=")[0].strip() in specs]
+    shared = [part for part in common.split(",") if part.partition("=")[0].strip() in specs]
     options = {
-        "update_interval": args.update_interval,
-        "max_columns": args.max_columns,
+        **options,
         **parse_optim_args(name, ",".join(shared)).options,
         **parse_optim_args(name, text).options,
     }
@@ -243,9 +255,16 @@ def angle_error(x_GMB: Tensor, exact_GMB: Tensor) -> float:
 
 
 def observed_layers(
-    model: nn.Module, args: argparse.Namespace, observer: Observer
+    model: nn.Module,
+    observer: Observer,
+    *,
+    layers: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[list[ObservedLayer], LayerColumns, list[nn.Parameter]]:
     """The layers asked for, what captures their columns, and the parameters slots speak of.
+
+    Args:
+        layers: names, or ``["all"]``; None for the largest.
 
     Raises:
         ValueError: a layer that is not there, or that K-FAC does not take.
@@ -262,16 +281,16 @@ def observed_layers(
         for slot in bucket.slots if bucket.key[0] == MAIN else ():
             slots[names[slot.param]].append(slot)
     largest = max(slots, key=lambda name: sum(slot.view.numel for slot in slots[name]))
-    wanted = args.layers or [largest]
+    wanted = layers or [largest]
     wanted = list(slots) if wanted == ["all"] else wanted
     for name in wanted:
         if name not in slots:
-            raise ValueError(f"--layers {name!r} must be all or one of {', '.join(slots)}")
-    device = torch.device(args.device)
-    layers = [
+            raise ValueError(f"layers={name!r} must be all or one of {', '.join(slots)}")
+    device = torch.device(device)
+    observed = [
         ObservedLayer(name if len(slots[name]) == 1 else f"{name}[{index}]", slot, observer, device)
         for name in wanted
         for index, slot in enumerate(slots[name])
     ]
     columns = LayerColumns(model, groups, observer.reference.layer_needs, dtype=torch.float32)
-    return layers, columns, params
+    return observed, columns, params

@@ -67,7 +67,7 @@ def test_small_angles_do_not_cancel(script: ModuleType) -> None:
 
 
 def test_inverse_is_that_of_the_damped_factor(script: ModuleType) -> None:
-    algorithm = observers.to_algorithm("kfac:damping=0.1,continuation=false", arguments(script))
+    algorithm = observers.to_algorithm("kfac:damping=0.1,continuation=false", "", {})
     state = algorithm.init((1, 4, 6), dtype=torch.float64, device=torch.device("cpu"))
     watcher = observers.Watcher(algorithm=algorithm, state=state, device=torch.device("cpu"))
     inputs, outputs = random_matrices(1, 9, 1, 6), random_matrices(1, 9, 1, 4, seed=1)
@@ -100,7 +100,7 @@ def arguments(script: ModuleType, *options: str) -> Any:
 def test_the_default_variants_are_table_1_in_proportion(script: ModuleType) -> None:
     args = arguments(script, "--update_interval", "10")
     assert args.window_steps == 300
-    observer = observers.Observer.of(args)
+    observer = script.new_observer(args)
     intervals = [
         (type(each).__name__, each.update_interval, each.inverse_interval)
         for each in observer.algorithms.values()
@@ -123,7 +123,7 @@ def test_the_default_variants_are_table_1_in_proportion(script: ModuleType) -> N
 
 def test_common_options_go_where_they_fit(script: ModuleType) -> None:
     args = arguments(script, "--variants", "kfac", "rs_kfac:rank=2", "--common", "rank=5,damping=1")
-    reference, exact, randomized = observers.Observer.of(args).algorithms.values()
+    reference, exact, randomized = script.new_observer(args).algorithms.values()
     assert reference.damping.initial == exact.damping.initial == randomized.damping.initial == 1
     assert randomized.rank.initial == 2
 
@@ -166,7 +166,7 @@ def test_counts_that_measure_nothing_are_refused(
 
 def test_windows_begin_where_all_is_due(script: ModuleType) -> None:
     args = arguments(script, "--windows", "15", "30", "--window_steps", "4")
-    observer = observers.Observer.of(args)
+    observer = script.new_observer(args)
     starts = [(each.start, each.stop) for each in script.to_windows(args, observer, 7)]
     assert starts == [(121, 125), (211, 215)]  # steps 106 and 211, moved to 1 + 30 k
     args = arguments(script, "--start_steps", "31", "1", "--window_steps", "4")
@@ -265,7 +265,7 @@ def test_no_path_of_this_machine_is_written(script: ModuleType, tmp_path: Path) 
 
 def test_a_form_that_leaves_nothing_out_has_no_error(script: ModuleType) -> None:
     args = arguments(script, "--variants", "rs_kfac:rank=64,inverse_interval=1")
-    observer = observers.Observer.of(args)
+    observer = script.new_observer(args)
     layer = toy_layer(script, observer)
     for step in range(1, 6):
         ctx = StepContext(step=step, phases=[0.0], columns=toy_columns(step))
@@ -294,7 +294,7 @@ def toy_layer(script: ModuleType, observer: Any) -> Any:
 
 def test_errors_do_not_depend_on_the_basis_of_the_layer(script: ModuleType) -> None:
     turn = random_rotation(7).float()
-    observer = observers.Observer.of(arguments(script, "--variants", "kfac:inverse_interval=3"))
+    observer = script.new_observer(arguments(script, "--variants", "kfac:inverse_interval=3"))
     gradient = random_matrices(1, 5, 7).float()
     found = []
     for rotation in (torch.eye(7), turn):
