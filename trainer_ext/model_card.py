@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedModel, Trainer
+from transformers.modelcard import TASK_MAPPING
 
 from hf_precond.explain import format_bytes
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.registry import optimizer_info, option_specs, resolve
 from trainer_ext.arguments import as_text
+from trainer_ext.citations import bibtex
+from trainer_ext.provenance import hardware
 
 TAG = "hf-precond"
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -30,7 +35,9 @@ def write_card(
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     data = ModelCardData(
-        library_name="transformers", tags=[TAG, optimizer.algorithm_name, "generated_from_trainer"]
+        library_name="transformers",
+        pipeline_tag=pipeline_tag(model),
+        tags=[TAG, optimizer.algorithm_name, "generated_from_trainer"],
     )
     content = render(
         "model_card.md",
@@ -40,7 +47,7 @@ def write_card(
         num_parameters=sum(param.numel() for param in model.parameters()),
         loadable=isinstance(model, PreTrainedModel),
         metrics=last_metrics(trainer.state.log_history),
-        section=marked("", _optimizer_section(optimizer)),
+        section=marked("", _optimizer_section(trainer, optimizer)),
     )
     ModelCard(content).save(Path(folder) / "README.md")
 
@@ -54,8 +61,10 @@ def add_section(
     tags = card.data.tags or []
     tags = [tags] if isinstance(tags, str) else list(tags)
     card.data.tags = tags + [tag for tag in (TAG, optimizer.algorithm_name) if tag not in tags]
+    if card.data.pipeline_tag is None:
+        card.data.pipeline_tag = pipeline_tag(trainer.accelerator.unwrap_model(trainer.model))
     card.save(path)
-    put_section(path, "", _optimizer_section(optimizer))
+    put_section(path, "", _optimizer_section(trainer, optimizer))
 
 
 def put_section(path: Path, name: str, content: str) -> None:
@@ -100,7 +109,47 @@ def changed_options(optimizer: PreconditionedOptimizer) -> dict[str, str]:
     }
 
 
-def _optimizer_section(optimizer: PreconditionedOptimizer) -> str:
+def pipeline_tag(model: Any) -> str | None:
+    """The Hub's task of a model's class; None for a class that transformers does not know.
+
+    >>> pipeline_tag(object()) is None
+    True
+    """
+    name = type(model).__name__
+    return next((task for task, names in TASK_MAPPING.items() if name in _flat(names)), None)
+
+
+def _flat(names: Any) -> list[str]:
+    """Class names of a mapping of transformers; a model type may have several."""
+    return [
+        name for entry in names.values() for name in ([entry] if isinstance(entry, str) else entry)
+    ]
+
+
+def evaluation_results(
+    metrics: Mapping[str, Any], *, task: str, dataset: str, metric_names: Mapping[str, str]
+) -> list[EvalResult]:
+    """What the Hub shows beside a model.
+
+    Args:
+        metrics: of an evaluation.
+        task: the Hub's name of it.
+        metric_names: key of ``metrics`` -> the Hub's name of the metric.
+    """
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=metric_type,
+            metric_value=round(float(metrics[key]), 6),
+        )
+        for key, metric_type in metric_names.items()
+        if key in metrics
+    ]
+
+
+def _optimizer_section(trainer: Trainer, optimizer: PreconditionedOptimizer) -> str:
     info = optimizer_info(optimizer.algorithm_name)
     return render(
         "optimizer_section.md",
@@ -110,6 +159,8 @@ def _optimizer_section(optimizer: PreconditionedOptimizer) -> str:
         plan=optimizer.plan(),
         format_bytes=format_bytes,
         hyperparameters=_hyperparameters(optimizer),
+        run=_run_facts(trainer),
+        bibtex=bibtex(info.name),
         fallback=optimizer.recipe.fallback.fallback,
         optim_args=",".join(f"{key}={value}" for key, value in changed_options(optimizer).items()),
     )
@@ -123,6 +174,30 @@ def _hyperparameters(optimizer: PreconditionedOptimizer) -> dict[str, str]:
     }
     specs, values = option_specs(optimizer.algorithm_name), optimizer.recipe.hyperparameters()
     return groups | {name: as_text(values[name]) for name in specs if name in values}
+
+
+def _run_facts(trainer: Trainer) -> dict[str, str]:
+    """What the run was, as far as the Trainer knows it."""
+    args, state = trainer.args, trainer.state
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    kwargs = "".join(f", {key} {value}" for key, value in (args.lr_scheduler_kwargs or {}).items())
+    machine, warmup = hardware(), args.get_warmup_steps(state.max_steps)
+    facts = {
+        "steps": f"{state.global_step:,}",
+        "batch": f"{batch:,} on {args.world_size} process{'es' if args.world_size > 1 else ''}",
+        "samples seen, at most": f"{state.global_step * batch:,}",
+        "schedule": f"{schedule}{kwargs}, {warmup} steps of warm-up",
+        "gradient clipping": f"{args.max_grad_norm:g}" if args.max_grad_norm else "none",
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights",
+        "hardware": str(machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"),
+        "software": ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate")
+        ),
+    }
+    if state.num_input_tokens_seen:
+        facts["tokens seen"] = f"{int(state.num_input_tokens_seen):,}"
+    return facts
 
 
 def _title(trainer: Trainer) -> str:

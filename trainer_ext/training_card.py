@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer_ext.model_card import put_section, render
+from huggingface_hub import ModelCard
+
+from trainer_ext.model_card import evaluation_results, put_section, render
 from trainer_ext.reports import Curve, steps_to_reach
 
 STATE = "trainer_state.json"
@@ -30,9 +33,38 @@ _FIGURES = {
     "train_runtime": ("seconds", ".0f"),
 }
 
+# Key of a run's metrics -> the Hub's name.
+_HUB_METRICS = {
+    "eval_loss": "loss",
+    "eval_perplexity": "perplexity",
+    "eval_accuracy": "accuracy",
+    "eval_bleu": "bleu",
+}
 
-def add_training_section(folder: str | Path, baseline: str | Path | None = None) -> Path:
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What the Hub is to know of a model beyond what the Trainer has said; None leaves it as it is.
+
+    Attributes:
+        license: as the Hub writes it, ``apache-2.0``.
+        language: codes, ``en``.
+        datasets: names on the Hub, or any name.
+        task: the Hub's name of it, ``text-generation``; from the card where it has one.
+    """
+
+    license: str | None = None
+    language: Sequence[str] | None = None
+    datasets: Sequence[str] | None = None
+    task: str | None = None
+
+
+def add_training_section(
+    folder: str | Path, baseline: str | Path | None = None, metadata: Metadata | None = None
+) -> Path:
     """Puts curves and figures into the README.md of a finished run; replaces an earlier section.
+
+    Where the task is known, the final metrics go into the metadata, too (the Hub's model index).
 
     Args:
         baseline: folder of another run, to which this one is compared.
@@ -61,7 +93,29 @@ def add_training_section(folder: str | Path, baseline: str | Path | None = None)
         reached=reached_words([curves for curves, _ in runs.values()]),
     )
     put_section(card, "training", section)
+    add_metadata(card, metadata or Metadata(), runs["this run"][1])
     return card
+
+
+def add_metadata(path: Path, metadata: Metadata, metrics: Mapping[str, Any]) -> None:
+    """Puts what is known of a model into the metadata of its card."""
+    card = ModelCard.load(path)
+    data = card.data
+    for name in ("license", "language", "datasets"):
+        value = getattr(metadata, name)
+        if value:
+            setattr(data, name, value if isinstance(value, str) else list(value))
+    data.pipeline_tag = metadata.task or data.pipeline_tag
+    measured = [name for key, name in _HUB_METRICS.items() if key in metrics]
+    if measured:
+        data.metrics = measured
+    datasets = [data.datasets] if isinstance(data.datasets, str) else data.datasets
+    if data.pipeline_tag and datasets:
+        data.model_name = data.model_name or path.resolve().parent.name
+        data.eval_results = evaluation_results(
+            metrics, task=data.pipeline_tag, dataset=datasets[0], metric_names=_HUB_METRICS
+        )
+    card.save(path)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Curve], dict[str, Any]]:

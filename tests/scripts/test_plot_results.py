@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from trainer_ext.sweep_results import mean_accuracy
+
 
 def _record(variant: str, rate: float, losses: list[float | None], seed: int = 0) -> dict[str, Any]:
     return {
@@ -192,7 +194,7 @@ def test_classifiers_show_their_accuracy_and_language_models_their_perplexity(
     plot_results: ModuleType,
 ) -> None:
     runs = [{"metrics": {"eval_accuracy": 0.5}}, {"metrics": {"eval_accuracy": 0.7}}]
-    assert plot_results.mean_accuracy(runs) == pytest.approx(0.6)
+    assert mean_accuracy(runs) == pytest.approx(0.6)
     texts = [{"metrics": {"eval_accuracy": 0.2, "eval_perplexity": 90.0}}]
-    assert plot_results.mean_accuracy(texts) is None
-    assert plot_results.mean_accuracy([{"metrics": {}}]) is None
+    assert mean_accuracy(texts) is None
+    assert mean_accuracy([{"metrics": {}}]) is None

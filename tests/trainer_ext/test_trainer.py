@@ -144,8 +144,15 @@ def test_model_card_of_a_checkpoint(tmp_path: Path) -> None:
         "| eval_loss | ",
         "GPT2LMHeadModel.from_pretrained",
         "NeurIPS 2023",
+        "@inproceedings{yen2023block,",
+        "| steps | 6 |",
+        "| batch | 4 on 1 process |",
+        "| samples seen, at most | 24 |",
+        "| schedule | linear, 2 steps of warm-up |",
+        "| software | torch ",
     ):
         assert part in card.text
+    assert card.data.pipeline_tag == "text-generation"
     options = "rank=4,update_interval=2,root_interval=2,start_step=2"
     assert f"--optim {NAME} --optim_args {options} --resume" in card.text
 

@@ -82,3 +82,28 @@ def test_other_folders_are_refused(run: Path, tmp_path: Path, error_of: Command)
     assert "is no folder of a run" in error_of("card", run, "--baseline", tmp_path)
     (run / "trainer_state.json").write_text("{}")
     assert "is no folder of a run: trainer_state.json" in error_of("card", run)
+
+
+def test_metadata_for_the_hub(run: Path, command: Command) -> None:
+    options = "--license apache-2.0 --language en --dataset allenai/c4 --task text-generation"
+    command(f"card {run} {options}")
+    data = ModelCard.load(run / "README.md").data
+    assert (data.license, data.language, data.datasets) == ("apache-2.0", ["en"], ["allenai/c4"])
+    assert data.pipeline_tag == "text-generation"
+    assert data.metrics == ["loss", "perplexity"]
+    assert data.tags == ["mine"]
+    found = {result.metric_type: result for result in data.eval_results}
+    assert found["perplexity"].metric_value == 20.1
+    assert found["loss"].dataset_name == "allenai/c4"
+    # A later call without options keeps what is there, and does not say it twice.
+    command("card", run)
+    again = ModelCard.load(run / "README.md").data
+    assert again.to_dict() == data.to_dict()
+
+
+def test_without_data_or_task_nothing_is_made_up(run: Path, command: Command) -> None:
+    command("card", run)
+    data = ModelCard.load(run / "README.md").data
+    assert data.eval_results is None
+    assert data.datasets is None
+    assert data.license == "mit"
