@@ -22,7 +22,7 @@ setup: $(READY) ## create the virtual environment with all pinned packages
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trainer,scripts,plots,dev,crosscheck]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trainer,scripts,plots,dev,docs,crosscheck]'
 	touch $@
 
 demo: $(READY) ## pretrain a small GPT-2 on the standard library's source (below 10 minutes)

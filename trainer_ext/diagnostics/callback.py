@@ -129,13 +129,27 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes the report of what there is; a look that was cut short counts as it is."""
+        """Writes the report of what there is; a look that was cut short counts as it is.
+
+        Raises:
+            SystemExit: the program was run for the report only; status 1 without one.
+        """
         if self._sampler is not None:
             logger.warning(
                 "diagnostics: training ended after %d of %d steps", self._taken, self._steps
             )
             self._end(state)
+        missed = self._starts[len(self.windows) :]
+        if missed:
+            logger.warning(
+                "diagnostics: training ended at step %d, before the look%s after %s",
+                state.global_step,
+                "s" if len(missed) > 1 else "",
+                ", ".join(map(str, missed)),
+            )
         self._write(state)
+        if self._then_exit:
+            raise SystemExit(0 if self.windows else 1)
 
     def _begin(self, first: int) -> None:
         assert self._model is not None

@@ -165,6 +165,20 @@ def test_exit_leaves_nothing_of_the_run_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["diagnostics"]
 
 
+@pytest.mark.parametrize(("starts", "status"), [((0, 9), 0), ((9,), 1)])
+def test_a_run_that_is_too_short_says_so_and_saves_nothing(
+    starts: tuple[int, ...], status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(tmp_path, **QUIET)
+    options = {"steps": 2, "sizes": SMALL, "layers": ["*.0.mlp"], "then_exit": True}
+    run.add_callback(DiagnosticsCallback(starts=starts, **options))
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as stop:
+        run.train()
+    assert stop.value.code == status
+    assert "training ended at step 6, before the look after 9" in caplog.text
+    assert (tmp_path / "diagnostics" / "index.html").is_file() == (status == 0)
+
+
 def test_kernels_of_a_kind_are_the_first_a_middle_and_the_last() -> None:
     kernels = kernels_of(tiny_gpt2(n_layer=6))
     chosen = choose_kernels(kernels, None)
