@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CODE := hf_precond trainer_ext scripts tests
+CODE := hf_precond trainer_ext scripts examples tests
 
 # Two test processes on two cores: more threads in each would only fight.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
