@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,11 @@ def git_revision(folder: Path) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    """Versions of Python and of the packages that decide the numbers, of those that are there."""
+    versions = {}
+    for name in RECORDED_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), **versions}
 
 

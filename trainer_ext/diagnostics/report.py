@@ -14,6 +14,7 @@ from jinja2 import Environment
 
 from trainer_ext.diagnostics.figures import draw_all
 from trainer_ext.diagnostics.findings import METHODS, ROTATIONS, Advice, Window, advise
+from trainer_ext.provenance import hardware, package_versions
 from trainer_ext.reports import write_json
 
 CAPTIONS: Mapping[str, tuple[str, str]] = {
@@ -75,6 +76,8 @@ def as_json(windows: Sequence[Window], advice: Sequence[Advice], model_name: str
     """All numbers behind the figures."""
     return {
         "model": model_name,
+        "packages": package_versions(),
+        "hardware": hardware(),
         "looks": [
             {
                 "first_step": window.first,
