@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-short test test-slow check format clean
+.PHONY: help setup demo demo-short test test-slow docs check format clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(READY) ## run the tests
 
 test-slow: $(READY) ## run the slow tests
 	$(PYTEST) -m slow
+
+docs: $(READY) ## build the documentation into outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: $(READY) ## check format, lint, types and import directions
 	$(BIN)/ruff format --check $(CODE)

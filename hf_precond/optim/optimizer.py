@@ -110,7 +110,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: if a parameter's gradient was not finite ``max_failures`` times in a
-            row.
+                row.
             DecompositionError: if a parameter's factorisation failed that often.
             LayerInputError: if the algorithm needs its layers' inputs and none are captured.
         """
