@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_precond.optim import fused_adam
 from hf_precond.optim.banks import Bank
 from hf_precond.optim.capture import Capture
 from hf_precond.optim.faults import Faults
@@ -20,6 +21,7 @@ from hf_precond.optim.pipeline import Cohort, Scope, Updates, run, split_into_co
 from hf_precond.optim.roles import algorithm_of
 from hf_precond.optim.sharding import Sharding, slot_key
 from hf_precond.preconditioners.base import FALLBACK, MAIN, StepContext
+from hf_precond.preconditioners.diagonal import Adam
 from hf_precond.views.plan import PlannedView, Slot, add_from_blocks
 
 Rates = Mapping[int, "float | Tensor"]
@@ -59,8 +61,10 @@ class ClusterStep:
             DecompositionError: if a parameter's factorisation failed too often in a row.
         """
         laid, sharding = self.laid, self.laid.ranks.sharding
-        cohorts = self._cohorts(cluster, work)
         rates = self._rates(cluster, gradients)
+        if self._step_fused(cluster, gradients, rates):
+            return
+        cohorts = self._cohorts(cluster, work)
         device = cluster[0].bucket.key[1] if cluster else laid.device
         scope = Scope(
             stages=self.recipe.stages,
@@ -82,6 +86,30 @@ class ClusterStep:
         else:
             self._add_shared(sharding, cohorts, weights, rates)
         laid.weights.round_back(weights, laid.steps)
+
+    def _step_fused(
+        self, cluster: Sequence[Bank], gradients: Mapping[int, Tensor], rates: Rates
+    ) -> bool:
+        """Steps a cluster of the fallback's Adam in torch's kernel, where that can take it."""
+        algorithm, laid = self.recipe.fallback_algorithm, self.laid
+        if laid.ranks.sharding is not None or not isinstance(algorithm, Adam):
+            return False
+        weights = laid.weights.taken(rates)
+        if not all(fused_adam.can_fuse(bank, weights, gradients) for bank in cluster):
+            return False
+        decays = {
+            index: float(self.param_groups[laid.group_of[index]]["weight_decay"]) for index in rates
+        }
+        ratio = self.recipe.fallback.fallback_lr_ratio
+        if ratio != 1:
+            # Decay goes by the group's rate, which the kernel does not know.
+            for index, decay in decays.items():
+                if decay != 0:
+                    weights[index].mul_(1 - rates[index] * decay)
+            decays, rates = dict.fromkeys(decays, 0.0), {i: r * ratio for i, r in rates.items()}
+        for bank in cluster:
+            fused_adam.step_(algorithm, bank, weights, gradients, laid.steps, rates, decays)
+        return True
 
     def _cohorts(self, cluster: Sequence[Bank], work: Mapping[int, Tensor]) -> list[Cohort]:
         """The slots of all banks whose parameters take part."""
