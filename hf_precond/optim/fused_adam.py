@@ -84,7 +84,8 @@ def step_(
             ]
             for name, tensor in bank.tensors.items()
         }
-        count = torch.full((), float(step), dtype=torch.float32, device=taken[0].device)
+        device, rate = taken[0].device, rates[slots[0].param]
+        count = torch.full((), float(step), dtype=torch.float32, device=device)
         torch._fused_adamw_(
             taken,
             [gradients[slot.param] for slot in slots],
@@ -92,7 +93,7 @@ def step_(
             moments["exp_avg_sq"],
             [],
             [count] * len(slots),
-            lr=rates[slots[0].param],
+            lr=rate.to(device) if isinstance(rate, Tensor) else rate,
             beta1=algorithm.beta1,
             beta2=algorithm.beta2,
             weight_decay=decay,

@@ -63,7 +63,8 @@ def test_equals_uncompiled(label: str, counting: Counting) -> None:
     expected = run(optimizer(**STAGES[label]), range(1, 7))
     assert counting.count == 0
     actual = run(optimizer(compile=True, **STAGES[label]), range(1, 7))
-    assert counting.count > 0
+    # Without stages there is the fallback's Adam alone, in torch's own kernel.
+    assert (counting.count > 0) == (label != "none")
     assert_same(actual, expected, TOLERANCE)
 
 
