@@ -84,6 +84,13 @@ def test_run_learns_and_writes_everything(train: Train, tmp_path: Path) -> None:
     assert names_in(tmp_path / "out") >= {*RESULT_FILES, "tokenizer.json", "generation_config.json"}
 
 
+def test_t5_has_positions_without_end(train: Train) -> None:
+    """Its configuration has no max_position_embeddings to be above of."""
+    sizes = "d_model=16,d_kv=8,d_ff=32,num_layers=1,num_decoder_layers=1,num_heads=2"
+    metrics = train(max_steps=2, config_name="t5", config_overrides=sizes)
+    assert math.isfinite(metrics["eval_loss"])
+
+
 def test_evaluations_translate(train: Train, tmp_path: Path) -> None:
     metrics = train(max_steps=2, predict_with_generate="true", per_device_eval_batch_size=8)
     assert 0 <= metrics["eval_bleu"] < 50

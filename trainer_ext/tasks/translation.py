@@ -181,7 +181,9 @@ def build_model(
         config.vocab_size = config.decoder_vocab_size = len(tokenizer)
         config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
         config.bos_token_id = None
-        config.eos_token_id = config.forced_eos_token_id = tokenizer.eos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        if hasattr(config, "forced_eos_token_id"):  # Marian's own; for T5 it is generation's
+            config.forced_eos_token_id = tokenizer.eos_token_id
         model = AutoModelForSeq2SeqLM.from_config(config)
         model.generation_config.max_length = max_length
     # Marian's loss takes the number of items and ignores it; the Trainer would then sum over the

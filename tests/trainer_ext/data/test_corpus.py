@@ -89,6 +89,8 @@ def test_json_lines_give_their_text_field(tmp_path: Path, suffix: str) -> None:
         ("a.txt", b"\xff\xfe\xfa", "not UTF-8"),
         ("a.txt.gz", b"plain text", "not UTF-8"),
         ("a.txt.xz", b"plain text", "not UTF-8"),
+        ("cut.txt.gz", gzip.compress(b"some text\n" * 50)[:-12], "not UTF-8 text, plain or packed"),
+        ("cut.txt.xz", lzma.compress(b"some text\n" * 50)[:-12], "not UTF-8 text, plain or packed"),
     ],
 )
 def test_unreadable_files_are_named(
