@@ -133,8 +133,9 @@ class KernelSamples:
         head_shape: the same by heads; None where it has none.
         blocks: for each step ``[1, O', I']``.
         heads: for each step ``[G', M', B']``, empty where it has no heads.
-        rotated: for each step what the gradient's picture is between the singular vectors of the
-            first gradient: on the left (one-sided), and on both sides. Empty for large kernels.
+        one_sided: for each step the gradient seen from some left singular vectors of the first
+            gradient; empty for large kernels.
+        two_sided: the same from singular vectors on both sides.
         inputs: positions ``[n, I]`` of what the layer has seen, per step.
     """
 

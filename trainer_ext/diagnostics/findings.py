@@ -16,6 +16,7 @@ from trainer_ext.diagnostics.measures import Errors, SharedBasisRun
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 ENOUGH = 0.2
 """A rank is enough where a shared basis misses at most this share of the trace."""
+# What bases for each head must save at least, as a share of the squared second moments.
 _WORTH_BASES = 0.02
 MOST_ONLINE = 32
 """Algorithm 1 is run at ranks up to this: its cost grows with the square."""
