@@ -247,6 +247,8 @@ def process_group(rank: int, call: Call) -> Iterator[None]:
         timeout=timedelta(seconds=2 * call.timeout),
     )
     try:
+        # A rank that is done at once would close connections that others are still making.
+        dist.barrier()
         yield
     finally:
         dist.destroy_process_group()

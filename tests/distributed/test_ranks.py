@@ -59,4 +59,4 @@ def test_a_dead_rank_is_told(ranks: Ranks) -> None:
 
 def test_a_hanging_rank_shows_where(ranks: Ranks) -> None:
     with pytest.raises(RankError, match=r"rank 0: was not done in time\n(.*\n)*.*hangs_on"):
-        ranks.run(hangs_on, 0, world=2, timeout=2)
+        ranks.run(hangs_on, 0, world=2, timeout=5)
