@@ -227,7 +227,13 @@ def test_accelerate_loop(
     assert any(folder.iterdir())
 
 
-@pytest.mark.parametrize("optim", list_optimizers())
+# 64 x 32 weights as one vector: seconds.
+PLAIN = [name for name in list_optimizers() if name != "full_matrix_adagrad"]
+
+
+@pytest.mark.parametrize(
+    "optim", [*PLAIN, pytest.param("full_matrix_adagrad", marks=pytest.mark.slow)]
+)
 def test_plain_loop(
     optim: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

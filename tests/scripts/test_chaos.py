@@ -105,6 +105,7 @@ def run_script(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_fails_is_a_difference(tmp_path: Path) -> None:
     done = run_script("--optim_args", "rank=0", "--output_dir", str(tmp_path / "runs"))
@@ -115,7 +116,7 @@ def test_a_run_that_fails_is_a_difference(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("kills", "half_written"), [(5, 0), pytest.param(20, 3, marks=pytest.mark.slow)]
+    ("kills", "half_written"), [(2, 0), pytest.param(20, 3, marks=pytest.mark.slow)]
 )
 def test_kills_make_no_difference(kills: int, half_written: int, tmp_path: Path) -> None:
     """At random instants of real runs; half-written checkpoints are named and passed over."""

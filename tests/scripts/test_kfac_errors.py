@@ -241,6 +241,7 @@ def test_steps_between_measured_ones_are_averaged(script: ModuleType, tmp_path: 
     assert every["step"][1] != second["step"][1]
 
 
+@pytest.mark.slow
 def test_all_layers_convolutions_too(script: ModuleType, tmp_path: Path) -> None:
     options = ["--preset", "wide-cnn", "--config_overrides"]
     options += ["conv_channels=[4],num_pools=1,hidden_sizes=[12]", "--layers", "all"]
