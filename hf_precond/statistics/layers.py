@@ -103,13 +103,19 @@ def _is_a(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
+def _only_gives_its_weight(info: ParamInfo) -> bool:
+    """Whether a layer is one of a dictionary of factors, right below PEFT's wrapper."""
+    if len(info.parents) < 2:
+        return False
+    wrapper, holder = info.parents[-2:]
+    return isinstance(holder, nn.ModuleDict) and _is_a(wrapper, _TAKES_WEIGHTS)
+
+
 def without_layer(info: ParamInfo) -> str:
     """Why no single layer's input is known for a parameter; empty where it is."""
     if info.tied_names:
         return "tied: no single layer's input"
-    # The wrapper, the dictionary of adapters, the layer.
-    *_, wrapper, holder = (None, None, *info.parents)
-    if isinstance(holder, nn.ModuleDict) and wrapper is not None and _is_a(wrapper, _TAKES_WEIGHTS):
+    if _only_gives_its_weight(info):
         return f"{type(info.module).__name__} is never called: its weight is taken"
     if layer_kind(info.module) is None or info.local_name != "weight":
         return f"no layer input known for {type(info.module).__name__}"
