@@ -22,6 +22,8 @@ from hf_precond.views.rules import Assignment, ParamInfo, fallback, is_conv1d
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A subclass of Linear whose forward is never called: attention takes its weight.
 _NEVER_CALLED = "NonDynamicallyQuantizableLinear"
+# PEFT's LoRA of a bare parameter: of the layers that hold its factors only the weights are taken.
+_TAKES_WEIGHTS = "ParamWrapper"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ _CONVOLUTION = LayerKind(patches, places)
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
     """Returns how a layer is read, or None for a kind that is not known."""
-    if any(cls.__name__ == _NEVER_CALLED for cls in type(module).__mro__):
+    if _is_a(module, _NEVER_CALLED):
         return None
     if isinstance(module, nn.Linear):
         return _LINEAR
@@ -96,10 +98,25 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     return _CONVOLUTION if isinstance(module, _CONVOLUTIONS) else None
 
 
+def _is_a(module: nn.Module, name: str) -> bool:
+    """By the name of the class, so that torch is all we need; FSDP2 puts its own class on top."""
+    return any(cls.__name__ == name for cls in type(module).__mro__)
+
+
+def _only_gives_its_weight(info: ParamInfo) -> bool:
+    """Whether a layer is one of a dictionary of factors, right below PEFT's wrapper."""
+    if len(info.parents) < 2:
+        return False
+    wrapper, holder = info.parents[-2:]
+    return isinstance(holder, nn.ModuleDict) and _is_a(wrapper, _TAKES_WEIGHTS)
+
+
 def without_layer(info: ParamInfo) -> str:
     """Why no single layer's input is known for a parameter; empty where it is."""
     if info.tied_names:
         return "tied: no single layer's input"
+    if _only_gives_its_weight(info):
+        return f"{type(info.module).__name__} is never called: its weight is taken"
     if layer_kind(info.module) is None or info.local_name != "weight":
         return f"no layer input known for {type(info.module).__name__}"
     return ""

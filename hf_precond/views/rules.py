@@ -30,6 +30,7 @@ class ParamInfo:
         module_name: canonical dotted name of that module.
         tied_names: all further canonical names of the same tensor.
         owners: all modules that own the tensor (more than one where weights are tied).
+        parents: the modules above ``module``, the model first.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ParamInfo:
     module_name: str
     tied_names: tuple[str, ...] = ()
     owners: tuple[nn.Module, ...] = ()
+    parents: tuple[nn.Module, ...] = ()
 
     @property
     def local_name(self) -> str:
@@ -74,7 +76,9 @@ def iter_params(model: nn.Module) -> Iterator[ParamInfo]:
     """Yields every trainable parameter once, in ``named_parameters`` order, with its owners."""
     names: dict[int, list[str]] = {}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for module_name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    paths = {module: name for name, module in modules.items()}
+    for module_name, module in modules.items():
         prefix = canonical_name(module_name)
         for local, param in module.named_parameters(recurse=False):
             # id() only pairs the two walks over the same live model; it is never stored.
@@ -92,7 +96,18 @@ def iter_params(model: nn.Module) -> Iterator[ParamInfo]:
             module_name=module_name,
             tied_names=tuple(tied),
             owners=tuple(owner for _, owner in owners[id(param)]),
+            parents=tuple(modules[path] for path in _paths_above(paths[module])),
         )
+
+
+def _paths_above(path: str) -> list[str]:
+    """Paths of the modules above one.
+
+    >>> _paths_above("layers.0.mlp"), _paths_above("")
+    (['', 'layers', 'layers.0'], [])
+    """
+    parts = path.split(".") if path else []
+    return [".".join(parts[:length]) for length in range(len(parts))]
 
 
 def fallback(reason: str) -> Assignment:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_precond.views.rules import Assignment, assign_all
 from tests.trainer_ext.models import CASES
+from trainer_ext.build import explain_groups
 from trainer_ext.layers import view_rules
 
 BY_NAME = {case.name: case for case in CASES}
@@ -136,3 +137,31 @@ def test_lora_of_embeddings_and_heads() -> None:
     assert shown(found[f"{embedding}.lora_embedding_B.default"]) == ("1 x [32, 4]",)
     assert shown(found[f"{head}.lora_A.default.weight"]) == ("1 x [4, 32]",)
     assert shown(found[f"{head}.lora_B.default.weight"]) == ("1 x [64, 4]",)
+
+
+def test_adapters_without_a_matrix_follow_the_fallback() -> None:
+    """Scales and singular values stored as columns, and rows that are looked up by token."""
+    kernels, tokens = ["q_proj", "down_proj"], {"embed_tokens": [1, 2]}
+    configs = {
+        ".ia3_l.": IA3Config(target_modules=kernels, feedforward_modules=["down_proj"]),
+        ".lora_E.": AdaLoraConfig(init_r=4, total_step=9, target_modules=kernels),
+        ".trainable_tokens_delta.": LoraConfig(
+            target_modules=kernels, trainable_token_indices=tokens
+        ),
+    }
+    for part, config in configs.items():
+        found = found_in(get_peft_model(BY_NAME["llama"].build(), config))
+        picked = [assignment for name, assignment in found.items() if part in name]
+        assert picked
+        assert all(assignment.views == () for assignment in picked), part
+
+
+def test_factors_that_no_layer_is_called_for() -> None:
+    """LoRA of a bare parameter takes its factors' weights: matrices without an input."""
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.up_proj.weight"])
+    model = get_peft_model(BY_NAME["llama"].build(), config)
+    for name, algorithm in (("two_sided_basis", "two_sided_basis"), ("kfac", "adam")):
+        rows = explain_groups(model, name)
+        assert rows
+        assert {row.algorithm for row in rows} == {algorithm}
+        assert {"never called" in row.reason for row in rows} == {name == "kfac"}

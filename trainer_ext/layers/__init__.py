@@ -15,7 +15,7 @@ from hf_precond.views.rules import GENERAL_RULES, Assignment, ParamInfo, Rule, e
 from trainer_ext.layers.experts import expert_rule
 from trainer_ext.layers.kernels import kernel_assignments
 from trainer_ext.layers.roles import Grouping
-from trainer_ext.layers.vocabulary import lora_rule, vocabulary_assignments
+from trainer_ext.layers.vocabulary import adapter_rule, vocabulary_assignments
 
 __all__ = ["ATTENTION_GROUPINGS", "view_rules"]
 
@@ -49,4 +49,4 @@ def view_rules(
         """What the model's architecture says about this very parameter."""
         return known.get(info.name)
 
-    return (embedding_rule, architecture_rule, expert_rule, lora_rule, *GENERAL_RULES)
+    return (embedding_rule, architecture_rule, expert_rule, adapter_rule, *GENERAL_RULES)

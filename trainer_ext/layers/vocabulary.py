@@ -13,6 +13,12 @@ _LORA_LABELS = {
     "lora_B": "LoRA B",
     "lora_embedding_B": "LoRA B of an embedding",
 }
+_NO_MATRICES = {
+    "lora_embedding_A": "LoRA A of an embedding",
+    "lora_E": "singular values of AdaLoRA",
+    "ia3_l": "scales of IA3",
+    "trainable_tokens_delta": "rows of an embedding",
+}
 
 
 def vocabulary_assignments(model: nn.Module) -> dict[str, Assignment]:
@@ -48,11 +54,15 @@ def _answers(model: nn.Module, getter: str) -> list[nn.Module]:
     return found
 
 
-def lora_rule(info: ParamInfo) -> Assignment | None:
-    """The factors of a LoRA update are matrices; one that is looked up by token is an embedding."""
+def adapter_rule(info: ParamInfo) -> Assignment | None:
+    """The factors of a LoRA update are matrices; what scales, or is looked up by token, is none.
+
+    PEFT keeps vectors of scales as columns ``[O, 1]``.
+    """
     parts = info.name.split(".")
-    if "lora_embedding_A" in parts:
-        return fallback("LoRA A of an embedding")
+    why = next((_NO_MATRICES[part] for part in parts if part in _NO_MATRICES), None)
+    if why is not None:
+        return fallback(why)
     label = next((_LORA_LABELS[part] for part in parts if part in _LORA_LABELS), None)
     if label is None or info.param.ndim != 2:
         return None
