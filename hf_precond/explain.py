@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +64,11 @@ def explain_groups(
     state_bytes = [0] * len(assigned)
     for index, _, meta in optimizer.state_layout():
         state_bytes[index] += meta.numel() * meta.element_size()
-    effective_rank = getattr(recipe.algorithm, "effective_rank", None)
+    ranks = _ranks(optimizer)
     rows = []
     for index, ((info, found, _), size) in enumerate(zip(assigned, state_bytes, strict=True)):
         joint = index in with_weight
         places = [placement(recipe.algorithm, view.shape) for view in found.views]
-        taken = [view for view, at in zip(found.views, places, strict=True) if at.role == MAIN]
-        ranks = {effective_rank(view.shape[2]) for view in taken} if effective_rank else set()
         rows.append(
             GroupRow(
                 parameter=info.name,
@@ -77,7 +76,7 @@ def explain_groups(
                 view="; ".join(_words(*pair) for pair in zip(found.views, places, strict=True))
                 or "-",
                 algorithm=recipe.name if joint else _algorithm_words(recipe, places),
-                rank="/".join(str(rank) for rank in sorted(ranks)),
+                rank="/".join(str(rank) for rank in sorted(ranks[index])),
                 state_bytes=size,
                 reason="; ".join(
                     dict.fromkeys(
@@ -88,6 +87,18 @@ def explain_groups(
             )
         )
     return rows
+
+
+def _ranks(optimizer: PreconditionedOptimizer) -> dict[int, set[int]]:
+    """The ranks of each parameter's views; empty where the algorithm has none."""
+    found: dict[int, set[int]] = defaultdict(set)
+    effective_rank = getattr(optimizer.recipe.algorithm, "effective_rank", None)
+    for item in optimizer.placed():
+        if item.place.role == MAIN and item.rank:
+            found[item.param].add(item.rank)
+        elif item.place.role == MAIN and effective_rank is not None:
+            found[item.param].add(effective_rank(item.view.shape[2]))
+    return found
 
 
 def _words(view: ParamView, place: Placement) -> str:

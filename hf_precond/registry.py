@@ -10,16 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from hf_precond.optim.flat_parameters import check_model_not_flat
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import (
+    AUTO,
     FallbackOptions,
     GroupingOptions,
     NumericsOptions,
+    RankOptions,
     Recipe,
     ScheduleOptions,
     ShardingOptions,
@@ -81,6 +83,7 @@ _SECTIONS: dict[str, type] = {
     "schedules": ScheduleOptions,
     "numerics": NumericsOptions,
     "sharding": ShardingOptions,
+    "ranks": RankOptions,
 }
 # The two decays are one public option, as in torch and transformers.
 _FOLDED_INTO_BETAS = {"beta1", "beta2"}
@@ -98,7 +101,8 @@ class OptionSpec:
         optional: whether ``None`` is a value of it.
         allowed: the allowed values in words, empty where the type says it all.
         section: ``algorithm``, ``stages``, ``grouping``, ``fallback``, ``schedules``,
-            ``numerics`` or ``sharding``.
+            ``numerics``, ``sharding`` or ``ranks``.
+        word: what may be given in place of a value; empty for most.
     """
 
     name: str
@@ -109,6 +113,7 @@ class OptionSpec:
     symbol: str
     allowed: str
     section: str
+    word: str = ""
 
 
 def list_optimizers() -> tuple[str, ...]:
@@ -179,6 +184,11 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
                 f"Valid options: {', '.join(specs)}"
             )
         given[key] = _checked_type(specs[key], value)
+    adapts_rank = given.get("rank") == AUTO
+    if adapts_rank:
+        given["rank"] = specs["rank"].default
+    else:
+        _check_without_auto(given, specs)
     values = {key: spec.default for key, spec in specs.items()} | given
     beta1, beta2 = _checked_betas(values.pop("betas"))
     if values.get("graft_beta2") is None:
@@ -199,7 +209,7 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
             f"sharding = 'blocks' is not allowed for {name}, whose blocks need each other: "
             f"it must be 'auto', 'replicated' or 'owner' (blocks: {', '.join(able)})"
         )
-    return Recipe(name=name, betas=(beta1, beta2), **parts)
+    return Recipe(name=name, betas=(beta1, beta2), adapts_rank=adapts_rank, **parts)
 
 
 def create_optimizer(
@@ -277,7 +287,21 @@ def assign_layers(
 
 def _option_classes(info: OptimizerInfo) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     for section, cls in {"algorithm": info.algorithm, **_SECTIONS}.items():
-        yield section, cls, get_type_hints(cls)
+        if section != "ranks" or _may_adapt_rank(info):
+            yield section, cls, get_type_hints(cls)
+
+
+def _may_adapt_rank(info: OptimizerInfo) -> bool:
+    """Whether ``rank="auto"`` is a rank of an optimizer."""
+    return any(item.metadata.get("word") == AUTO for item in fields(cast(Any, info.algorithm)))
+
+
+def _check_without_auto(given: Mapping[str, Any], specs: Mapping[str, OptionSpec]) -> None:
+    """Raises ValueError for options that only ``rank="auto"`` reads."""
+    for key in given:
+        if specs[key].section == "ranks":
+            rank = given.get("rank", specs["rank"].default)
+            raise ValueError(f"{key} is not allowed with rank = {rank!r}: it needs rank = {AUTO!r}")
 
 
 def _spec(info: OptimizerInfo, item: Field[Any], hint: Any, section: str) -> OptionSpec:
@@ -291,6 +315,7 @@ def _spec(info: OptimizerInfo, item: Field[Any], hint: Any, section: str) -> Opt
         symbol=item.metadata["symbol"],
         allowed=allowed_values(item.metadata),
         section=section,
+        word=item.metadata["word"],
     )
 
 
@@ -304,8 +329,8 @@ def _plain_type(hint: Any) -> tuple[type, bool]:
 
 def _checked_type(spec: OptionSpec, value: Any) -> Any:
     """Returns ``value`` in the option's type; an int may be a float, a bool is no number."""
-    if value is None and spec.optional:
-        return None
+    if (value is None and spec.optional) or (spec.word and value == spec.word):
+        return value
     if spec.type is float and _is_number(value):
         return float(value)
     if spec.type is tuple and isinstance(value, (list, tuple)) and all(map(_is_number, value)):

@@ -164,8 +164,12 @@ def _hint(key: str, specs: Mapping[str, OptionSpec]) -> str:
 
 def _converter(spec: OptionSpec) -> tuple[Callable[[str], Any], str]:
     """Returns the function from text to the option's type, and its allowed values in words."""
-    convert, words = _CONVERTERS[spec.type]
+    of_type, words = _CONVERTERS[spec.type]
     expected = " ".join(part for part in (words, spec.allowed) if part)
+
+    def convert(text: str) -> Any:
+        return text if text == spec.word else of_type(text)
+
     if not spec.optional:
         return convert, expected
     return lambda text: None if text.lower() in _NONE else convert(text), f"{expected} or none"

@@ -38,6 +38,7 @@ from hf_precond.optim.flat_state import (
     StateMismatchError,
     flat_state,
     load_flat_state,
+    saved_ranks,
 )
 from hf_precond.optim.optimizer import STATE_VERSION, PreconditionedOptimizer
 from trainer_ext import rank_files
@@ -252,17 +253,18 @@ def _check_content(
         # Neither NaN nor infinity has a fraction of zero.
         if name.endswith(".step") and not bool(((tensor >= 0) & (tensor.frac() == 0)).all()):
             raise StateMismatchError(f"{name!r} is no number of steps: {tensor.tolist()}")
-    _check_dtypes(optimizer, tensors, header["hyperparameters"])
+    _check_dtypes(optimizer, tensors, header)
 
 
 def _check_dtypes(
-    optimizer: PreconditionedOptimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
+    optimizer: PreconditionedOptimizer, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
     """Raises StateMismatchError for dtypes that no option asks for; other options convert."""
-    if any(name.endswith("dtype") for name in _changed_options(optimizer, saved)):
+    changed = _changed_options(optimizer, header["hyperparameters"])
+    if not tensors or any(name.endswith("dtype") for name in changed):
         return
-    names = optimizer.param_names
-    for index, key, meta in optimizer.state_layout():
+    names, ranks = optimizer.param_names, saved_ranks(optimizer, header)
+    for index, key, meta in optimizer.state_layout(ranks):
         name = f"state.{names[index]}.{key}"
         if name in tensors and tensors[name].dtype != meta.dtype:
             raise StateMismatchError(

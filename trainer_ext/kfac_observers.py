@@ -278,7 +278,7 @@ def observed_layers(
     buckets = buckets_of(placed_views(groups, observer.reference), params, max_elements=whole)
     slots: dict[str, list[Slot]] = defaultdict(list)
     for bucket in buckets:
-        for slot in bucket.slots if bucket.key[0] == MAIN else ():
+        for slot in bucket.slots if bucket.key.role == MAIN else ():
             slots[names[slot.param]].append(slot)
     largest = max(slots, key=lambda name: sum(slot.view.numel for slot in slots[name]))
     wanted = layers or [largest]

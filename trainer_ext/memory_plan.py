@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_precond.optim.banks import Bank
 from hf_precond.optim.health import Health
-from hf_precond.optim.layout import owner_counts, pieces_of, placed_views
+from hf_precond.optim.layout import owner_counts, pieces_of
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
 from hf_precond.optim.pipeline import (
@@ -31,9 +31,9 @@ from hf_precond.optim.pipeline import (
     update_alone,
 )
 from hf_precond.optim.roles import algorithm_of, init_stack
-from hf_precond.optim.work import HERE, Home, Share, Work, plan_work
+from hf_precond.optim.work import HERE, Home, Share, SumKind, Work, plan_work, sum_kind
 from hf_precond.preconditioners.base import MAIN, Columns, captures_at, layer_needs
-from hf_precond.views.plan import PlannedView, plan_buckets
+from hf_precond.views.plan import Key, PlannedView, plan_buckets
 from hf_precond.views.shards import chunk_ranges
 from hf_precond.views.view import rows
 from trainer_ext.build import build_optimizer
@@ -216,7 +216,7 @@ class SharedWork:
         self._recipe = on_device(optimizer.recipe, mesh.device)
         self._params = [param for group in optimizer.param_groups for param in group["params"]]
         self._homes = [mesh.home(param) for param in self._params]
-        placed = placed_views(optimizer.param_groups, self._recipe.algorithm)
+        placed = optimizer.placed()
         self._pieces = pieces_of(
             placed, self._params, max_elements=self._recipe.numerics.stack_limit(self._params)
         )
@@ -241,7 +241,7 @@ class SharedWork:
         first: dict[Any, int] = {}
         found: dict[int, list[int]] = defaultdict(list)
         for index, param in enumerate(self._params):
-            views = tuple((piece.role, piece.view) for piece in self._of_param[index])
+            views = tuple((piece.key, piece.view) for piece in self._of_param[index])
             found[first.setdefault((param.shape, views), index)].append(index)
         return found
 
@@ -253,12 +253,12 @@ class SharedWork:
             size=self._mesh.size,
         )
 
-    def _per_rank(self, of_group: Callable[[str, int, int], Any]) -> list[dict[Any, int]]:
+    def _per_rank(self, of_group: Callable[[Key, int, int], Any]) -> list[dict[Any, int]]:
         """How many groups of each kind every rank has."""
         found: list[dict[Any, int]] = [defaultdict(int) for _ in range(self._mesh.size)]
         for share in self._work.shares:
             groups, blocks, size = share.view.view.shape
-            key = of_group(share.view.role, blocks, size)
+            key = of_group(share.view.key._replace(chunk=0), blocks, size)
             ranks = range(self._mesh.size) if share.rank is None else [share.rank]
             for rank in ranks:
                 found[rank][key] += groups * len(self._members[share.view.param])
@@ -268,8 +268,8 @@ class SharedWork:
         """Bytes of state of every rank, step counters included."""
 
         @cache
-        def of_group(role: str, blocks: int, size: int) -> int:
-            state = init_stack(self._recipe, role, (1, blocks, size), META)
+        def of_group(key: Key, blocks: int, size: int) -> int:
+            state = init_stack(self._recipe, key, (1, blocks, size), META)
             return num_bytes(list(state.values()))
 
         steps = STEP_BYTES * len(self._params)
@@ -282,7 +282,7 @@ class SharedWork:
         """Operations of a mean step of every rank."""
         counts = self._per_rank(lambda *kind: kind)
         kinds = {kind for of_rank in counts for kind in of_rank}
-        each = {kind: self._group_operations(*kind) for kind in sorted(kinds)}
+        each = {kind: self._group_operations(*kind) for kind in kinds}
         found = []
         for of_rank in counts:
             total = Operations()
@@ -342,23 +342,23 @@ class SharedWork:
             if piece.piece in self._work.sums
             for member in members
         }
-        sums: dict[int, tuple[int, int]] = {}
-        places: dict[int, int] = defaultdict(int)
+        sums: dict[int, tuple[SumKind, int]] = {}
+        places: dict[SumKind, int] = defaultdict(int)
         for piece in self._pieces:
             if piece.piece in leaders:
-                groups, _, columns = piece.view.shape
-                sums[piece.piece] = columns, places[columns]
-                places[columns] += groups
+                groups, kind = piece.view.shape[0], sum_kind(piece)
+                sums[piece.piece] = kind, places[kind]
+                places[kind] += groups
         return {"sums": sums, "leaders": leaders, "places": dict(places)}
 
     # -- operations --
 
-    def _group_operations(self, role: str, blocks: int, size: int) -> Operations:
+    def _group_operations(self, key: Key, blocks: int, size: int) -> Operations:
         """Operations of one group's mean step: gradient, statistics, direction, weight."""
         dtype, device = self._params[0].dtype, META
-        piece = PlannedView(param=0, view=rows((blocks, size)), key=(role, device, 0))
+        piece = PlannedView(param=0, view=rows((blocks, size)), key=key._replace(device=device))
         (bucket,) = plan_buckets([piece], max_elements=1)
-        state = init_stack(self._recipe, role, bucket.shape, device)
+        state = init_stack(self._recipe, key, bucket.shape, device)
         bank = Bank(bucket, state, [0.0], dtype=self._recipe.numerics.dtype)
         weight, gradient = (torch.empty(blocks, size, dtype=dtype, device=device) for _ in range(2))
         steps = window(self._recipe)
@@ -367,11 +367,11 @@ class SharedWork:
                 cohorts = list(
                     split_into_cohorts(
                         bank,
-                        *algorithm_of(self._recipe, role),
+                        *algorithm_of(self._recipe, key),
                         {0: gradient},
                         [step - 1],
                         self._recipe.numerics.dtype,
-                        columns_of=self._columns(blocks, size, step) if role == MAIN else None,
+                        columns_of=self._columns(blocks, size, step) if key.role == MAIN else None,
                     )
                 )
                 torch._foreach_norm([gradient])

@@ -26,6 +26,7 @@ from hf_precond.preconditioners.base import Columns, layer_needs
 from hf_precond.views.plan import PlannedView, Slot
 
 META = torch.device("meta")
+_GROUP_KEYS = ("params", "param_names", "views", "layers", "view_ranks", "weight_decay")
 # What an optimizer sends, by what it is for.
 PURPOSES = ("gradients", "directions", "small sums", "norms", "control", "results", "columns")
 
@@ -330,11 +331,7 @@ class PlannedOptimizer(PreconditionedOptimizer):
         self.place = place
         self.traffic: Traffic = {}
         groups = [
-            {
-                key: group[key]
-                for key in ("params", "param_names", "views", "layers", "weight_decay")
-            }
-            for group in param_groups
+            {key: group[key] for key in _GROUP_KEYS if key in group} for group in param_groups
         ]
         super().__init__(groups, recipe)
         self._ensure_state()
@@ -399,6 +396,9 @@ class PlannedOptimizer(PreconditionedOptimizer):
         )
         nothing: Any = _NothingSaved()
         return Ranks(comm=ledger, together=together, sharding=sharding, global_state=nothing)
+
+    def _rechoose_ranks(self) -> None:
+        """Nothing is known of any spectrum: the ranks to begin with stay."""
 
     # -- what this rank has of the parameters --
 

@@ -28,6 +28,7 @@ from hf_precond.optim.flat_state import (
     StateMismatchError,
     check_header,
     load_states,
+    saved_ranks,
     state_header,
 )
 from hf_precond.optim.global_state import StateTensor
@@ -98,6 +99,7 @@ def load(
     check_content(optimizer, {}, header)
     optimizer.lay_out()
     _check_shared(folder, digests, optimizer.comm)
+    optimizer.lay_out(saved_ranks(optimizer, header))
     with ExitStack() as stack:
         files = [
             stack.enter_context(safe_open(folder / name, framework="pt", device="cpu"))

@@ -32,6 +32,7 @@ from transformers.utils import (
     is_torch_xla_available,
 )
 
+from hf_precond.optim import adaptive_rank
 from hf_precond.optim.flat_state import StateMismatchError
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from trainer_ext import checkpoint
@@ -260,7 +261,7 @@ def load_pickled(optimizer: PreconditionedOptimizer, path: Path) -> None:
         if all(
             group.get("algorithm") == optimizer.algorithm_name for group in saved["param_groups"]
         ):
-            _check_shapes(optimizer, saved["state"])
+            _check_shapes(optimizer, saved)
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateMismatchError(f"{path.name} does not fit: {error}") from error
@@ -278,9 +279,14 @@ def load_plain(path: Path) -> Any:
         raise DamagedCheckpointError(f"{path.name} cannot be read: {error}") from error
 
 
-def _check_shapes(optimizer: PreconditionedOptimizer, state: Any) -> None:
+def _check_shapes(optimizer: PreconditionedOptimizer, saved: Any) -> None:
     """Raises ValueError for a state of other shapes, before any of it is loaded."""
-    expected = {(index, key): meta.shape for index, key, meta in optimizer.state_layout()}
+    state, groups = saved["state"], saved["param_groups"]
+    ranks = adaptive_rank.read(groups) if "view_ranks" in groups[0] else None
+    if state:
+        names = optimizer.param_names
+        adaptive_rank.check(ranks, optimizer.param_groups, names, optimizer.recipe)
+    expected = {(index, key): meta.shape for index, key, meta in optimizer.state_layout(ranks)}
     found = {(i, key): tensor.shape for i, of in state.items() for key, tensor in of.items()}
     unlike = [place for place in found if found[place] != expected.get(place)]
     if unlike or (found and len(found) < len(expected)):

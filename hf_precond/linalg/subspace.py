@@ -32,6 +32,17 @@ def random_basis(
     return orthonormal(gaussian).to(dtype=dtype, device=device)
 
 
+def extended_basis(basis_BK: Tensor, width: int, *, seed: int) -> Tensor:
+    """Returns an orthonormal basis of more columns, of which the first are those of ``basis``.
+
+    Raises:
+        DecompositionError: if the QR decomposition fails in float64, too.
+    """
+    *stack, size, rank = basis_BK.shape
+    new = random_basis(size, width - rank, seed=seed, dtype=basis_BK.dtype, device=basis_BK.device)
+    return positive_qr(torch.cat([basis_BK, new.expand(*stack, *new.shape)], -1))[0]
+
+
 def top_ritz_basis(y_BL: Tensor, ay_BL: Tensor) -> Tensor:
     """Rotates an orthonormal basis to Ritz vectors, largest Ritz value first.
 

@@ -59,7 +59,7 @@ class Bank:
             rows.state = self._worked_on(self.tensors)
             return rows
         index = torch.cat([torch.arange(slot.start, slot.stop) for slot in slots])
-        index = index.to(self.bucket.key[1])
+        index = index.to(self.bucket.key.device)
         picked = {name: tensor.index_select(0, index) for name, tensor in self.tensors.items()}
         return BankRows(self, slots, self._worked_on(picked), index)
 
@@ -105,7 +105,7 @@ class BankRows:
         """Index of the parameter, view or group that each group belongs to, ``[G]``."""
         if scope not in self._owners:
             numbers = [number for slot in self._slots for number in slot.owners(scope)]
-            self._owners[scope] = torch.tensor(numbers, device=self.bank.bucket.key[1])
+            self._owners[scope] = torch.tensor(numbers, device=self.bank.bucket.key.device)
         return self._owners[scope]
 
 

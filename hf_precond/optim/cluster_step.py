@@ -65,7 +65,7 @@ class ClusterStep:
         if self._step_fused(cluster, gradients, rates):
             return
         cohorts = self._cohorts(cluster, work)
-        device = cluster[0].bucket.key[1] if cluster else laid.device
+        device = cluster[0].bucket.key.device if cluster else laid.device
         scope = Scope(
             stages=self.recipe.stages,
             owners=laid.owners,
@@ -119,12 +119,12 @@ class ClusterStep:
             for bank in cluster
             for cohort in split_into_cohorts(
                 bank,
-                *algorithm_of(self.recipe, bank.bucket.key[0]),
+                *algorithm_of(self.recipe, bank.bucket.key),
                 work,
                 self.laid.steps,
                 self.recipe.numerics.dtype,
                 self.steps_per_epoch,
-                columns_of if bank.bucket.key[0] == MAIN else None,
+                columns_of if bank.bucket.key.role == MAIN else None,
             )
         ]
 

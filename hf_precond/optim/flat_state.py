@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_precond.optim import adaptive_rank
+from hf_precond.optim.adaptive_rank import ViewRanks
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 
 FORMAT_VERSION = 1
-_GROUP_STRUCTURE = {"params", "param_names", "views", "layers"}
+_GROUP_STRUCTURE = {"params", "param_names", "views", "layers", "view_ranks"}
 
 
 class StateMismatchError(ValueError):
@@ -56,7 +58,7 @@ def state_header(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
     Raises:
         StateMismatchError: if two parameters have the same name.
     """
-    names = _unique_names(optimizer)
+    names, ranks = _unique_names(optimizer), optimizer.view_ranks
     return {
         "format_version": FORMAT_VERSION,
         "algorithm": optimizer.recipe.name,
@@ -66,6 +68,7 @@ def state_header(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
         "views": dict(
             zip(names, (v for group in optimizer.param_groups for v in group["views"]), strict=True)
         ),
+        **({} if ranks is None else {"view_ranks": dict(zip(names, ranks, strict=True))}),
         "param_groups": [
             {
                 **{
@@ -95,7 +98,8 @@ def load_flat_state(
     check_header(optimizer, header)
     names = _unique_names(optimizer)
     states: dict[int, dict[str, Tensor]] = {}
-    expected = _expected_tensors(optimizer, names) if tensors else {}
+    ranks = saved_ranks(optimizer, header)
+    expected = _expected_tensors(optimizer, names, ranks) if tensors else {}
     _check_tensors(expected, tensors)
     for key, (index, local, _) in expected.items():
         states.setdefault(index, {})[local] = tensors[key]
@@ -109,10 +113,13 @@ def load_states(
 ) -> None:
     """Loads state by parameter index, and the values of the param groups, both checked before."""
     groups, start = [], 0
+    ranks = saved_ranks(optimizer, header)
     for group, saved in zip(optimizer.param_groups, header["param_groups"], strict=True):
         count = len(group["params"])
         values = {key: value for key, value in saved.items() if key != "num_params"}
         structure = {key: group[key] for key in _GROUP_STRUCTURE - {"params"} if key in group}
+        if ranks is not None:
+            structure["view_ranks"] = ranks[start : start + count]
         groups.append({**values, **structure, "params": list(range(start, start + count))})
         start += count
     optimizer.load_state_dict({"state": dict(states), "param_groups": groups})
@@ -146,12 +153,27 @@ def check_header(optimizer: PreconditionedOptimizer, header: Mapping[str, Any]) 
         _expect(f"views of {name!r} (attention_grouping, view rules)", plain, views.get(name))
 
 
+def saved_ranks(optimizer: PreconditionedOptimizer, header: Mapping[str, Any]) -> ViewRanks | None:
+    """Returns the ranks that were chosen for all views, under ``rank="auto"``.
+
+    Raises:
+        StateMismatchError: they cannot be those of this optimizer.
+    """
+    names, saved = _unique_names(optimizer), header.get("view_ranks")
+    try:
+        ranks = None if saved is None else [saved[name] for name in names]
+        adaptive_rank.check(ranks, optimizer.param_groups, names, optimizer.recipe)
+    except (ValueError, TypeError, KeyError) as error:
+        raise StateMismatchError(f"the ranks of the state do not fit: {error}") from error
+    return ranks
+
+
 def _expected_tensors(
-    optimizer: PreconditionedOptimizer, names: list[str]
+    optimizer: PreconditionedOptimizer, names: list[str], ranks: ViewRanks | None
 ) -> dict[str, tuple[int, str, Tensor]]:
     """Full key -> (parameter index, local key, tensor on the meta device with shape and dtype)."""
     expected = {}
-    for index, local, meta in optimizer.state_layout():
+    for index, local, meta in optimizer.state_layout(ranks):
         expected[f"state.{names[index]}.{local}"] = (index, local, meta)
     return expected
 

@@ -28,7 +28,8 @@ def can_fuse(bank: Bank, weights: Mapping[int, Tensor], gradients: Mapping[int, 
     It wants weights, gradients and moments of one dtype, each in one piece of memory, in the same
     order.
     """
-    if bank.bucket.key[0] != FALLBACK or bank.bucket.key[1].type not in _DEVICES:
+    key = bank.bucket.key
+    if key.role != FALLBACK or key.device.type not in _DEVICES:
         return False
     dtypes = {tensor.dtype for tensor in bank.tensors.values()}
     for slot in bank.bucket.slots:

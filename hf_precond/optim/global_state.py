@@ -19,11 +19,11 @@ from hf_precond.optim.banks import Bank, part_key
 from hf_precond.optim.sharding import Sharding, is_dtensor, local
 from hf_precond.optim.work import Share, is_flat
 from hf_precond.preconditioners.base import Shape, State
-from hf_precond.views.plan import Extent, PlannedView
+from hf_precond.views.plan import Extent, Key, PlannedView
 from hf_precond.views.shards import chunk_ranges
 
-InitState = Callable[[str, Shape, torch.device], State]
-"""(role, shape, device) -> the state of a stack."""
+InitState = Callable[[Key, Shape, torch.device], State]
+"""(key, shape, device) -> the state of a stack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,10 +183,10 @@ class GlobalState:
 def state_tensors(piece: PlannedView, init: InitState) -> list[StateTensor]:
     """Returns the state tensors of a whole piece."""
     groups, rows, columns = piece.view.shape
-    role, meta = piece.key[0], torch.device("meta")
-    here = init(role, (groups, rows, columns), meta)
-    longer = init(role, (groups, rows + 1, columns), meta)
-    wider = init(role, (groups, rows, columns + 1), meta)
+    key, meta = piece.key, torch.device("meta")
+    here = init(key, (groups, rows, columns), meta)
+    longer = init(key, (groups, rows + 1, columns), meta)
+    wider = init(key, (groups, rows, columns + 1), meta)
     found = []
     for name, value in here.items():
         by_rows = value.shape != longer[name].shape

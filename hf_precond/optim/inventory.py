@@ -39,10 +39,10 @@ def plan_rows(recipe: Recipe, buckets: Sequence[Bucket]) -> list[PlanRow]:
     params: Counter[str] = Counter()
     state_bytes: Counter[str] = Counter()
     for bucket in buckets:
-        name = names[bucket.key[0]]
+        name = names[bucket.key.role]
         tensors[name].update(bucket.params)
         params[name] += sum(slot.view.numel for slot in bucket.slots)
-        for meta in init_stack(recipe, bucket.key[0], bucket.shape, _META).values():
+        for meta in init_stack(recipe, bucket.key, bucket.shape, _META).values():
             state_bytes[name] += meta.numel() * meta.element_size()
     return [
         PlanRow(
@@ -62,6 +62,6 @@ def state_layout(
     for index in range(num_params):
         yield index, "step", torch.empty((), device="meta")
     for bucket in buckets:
-        bank = Bank(bucket, init_stack(recipe, bucket.key[0], bucket.shape, _META))
+        bank = Bank(bucket, init_stack(recipe, bucket.key, bucket.shape, _META))
         for slot, key, piece in bank.slices():
             yield slot.param, key, piece

@@ -114,7 +114,7 @@ def _bank(
     recipe: Recipe,
 ) -> Bank:
     """State of a bucket, with what was saved of it."""
-    state = init_stack(recipe, bucket.key[0], bucket.shape, bucket.key[1])
+    state = init_stack(recipe, bucket.key, bucket.shape, bucket.key.device)
     turns = [phase for slot in bucket.slots for phase in slot.part_of(phases[slot.piece])]
     bank = Bank(bucket, state, turns, dtype=recipe.numerics.dtype)
     bank.adopt(saved)

@@ -21,7 +21,7 @@ from hf_precond.preconditioners.base import (
     placement,
 )
 from hf_precond.views.joint import Joint
-from hf_precond.views.plan import AnyView, Bucket, PlannedView, plan_buckets
+from hf_precond.views.plan import AnyView, Bucket, Key, PlannedView, plan_buckets
 from hf_precond.views.positions import WeightLayout, positions
 from hf_precond.views.tiles import tile
 from hf_precond.views.view import ParamView, check_cover, flat, rows
@@ -37,6 +37,7 @@ class PlacedView:
         param: index of the parameter.
         bias: index of the bias that a joint view takes along.
         first_group: index of the view's first group among all groups of the optimizer.
+        rank: chosen for the view; 0 for that of the algorithm's options.
     """
 
     param: int
@@ -44,6 +45,7 @@ class PlacedView:
     bias: int | None = None
     place: Placement
     first_group: int
+    rank: int = 0
 
 
 def take_views(group: MutableMapping[str, Any]) -> None:
@@ -93,8 +95,9 @@ def placed_views(
     placed: list[PlacedView] = []
     index = first_group = 0
     for group in param_groups:
-        for param, plain, layer in zip(
-            group["params"], group["views"], group["layers"], strict=True
+        ranks = group.get("view_ranks") or [[] for _ in group["params"]]
+        for param, plain, layer, of_views in zip(
+            group["params"], group["views"], group["layers"], ranks, strict=True
         ):
             own = [ParamView.from_plain(view) for view in plain]
             joint = index in biases
@@ -102,11 +105,15 @@ def placed_views(
             pairs = [(view, placement(algorithm, view.shape)) for view in views]
             if not pairs and index not in with_weight:
                 pairs = [(flat(param.shape), Placement(role=FALLBACK))]
-            for view, place in pairs:
-                bias = biases.get(index)
+            for number, (view, place) in enumerate(pairs):
                 placed.append(
                     PlacedView(
-                        param=index, view=view, bias=bias, place=place, first_group=first_group
+                        param=index,
+                        view=view,
+                        bias=biases.get(index),
+                        place=place,
+                        first_group=first_group,
+                        rank=of_views[number] if of_views else 0,
                     )
                 )
                 first_group += view.shape[0]
@@ -187,7 +194,7 @@ def pieces_of(
                 bias=item.bias,
                 number=number,
                 first_group=item.first_group,
-                key=(item.place.role, params[item.param].device, chunk),
+                key=Key(item.place.role, params[item.param].device, chunk, item.rank),
                 piece=len(planned) + index,
             )
             for index, piece in enumerate(pieces)
@@ -217,7 +224,7 @@ def refresh_phases(buckets: Sequence[Bucket]) -> list[tuple[float, ...]]:
     costs = []
     for bucket in buckets:
         groups, rows, size = bucket.shape
-        cost = rows * size * min(rows, size) if bucket.key[0] == MAIN else 0
+        cost = rows * size * min(rows, size) if bucket.key.role == MAIN else 0
         costs.append(groups * [cost])
     total = sum(map(sum, costs)) or 1
     done = [0, *accumulate(cost for of_bucket in costs for cost in of_bucket)]

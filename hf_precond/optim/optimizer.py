@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from hf_precond.linalg.fused import fusing
 from hf_precond.linalg.precision import highest_matmul_precision
+from hf_precond.optim import adaptive_rank
+from hf_precond.optim.adaptive_rank import ViewRanks
 from hf_precond.optim.capture import Capture
 from hf_precond.optim.cluster_step import ClusterStep
 from hf_precond.optim.comm import Comm
@@ -136,6 +138,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             for index in gradients:
                 laid.steps[index] += 1
                 self.state[laid.params[index]]["step"] += 1
+            if self.recipe.adapts_rank:
+                self._rechoose_ranks()
             self._arm()
         return loss
 
@@ -214,8 +218,16 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         comm = self.comm or comm_of(self._all_params(), self._process_group)
         return comm is None or comm.is_first
 
-    def lay_out(self) -> None:
-        """Allocates the state, as the first step would. Where there are ranks, all call it."""
+    def lay_out(self, view_ranks: ViewRanks | None = None) -> None:
+        """Allocates the state, as the first step would. Where there are ranks, all call it.
+
+        Args:
+            view_ranks: under ``rank="auto"``, to begin with these; state of other ranks is dropped.
+        """
+        if view_ranks is not None and view_ranks != self.view_ranks:
+            adaptive_rank.write(self.param_groups, view_ranks)
+            self.state.clear()
+            self._forget_banks()
         self._ensure_state()
 
     @property
@@ -227,7 +239,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Returns what state there is of whole parameters, wherever it lies."""
         params = self._all_params()
         max_elements = self.recipe.numerics.stack_limit(params)
-        pieces = pieces_of(self._placed_views(), params, max_elements=max_elements)
+        pieces = pieces_of(self.placed(), params, max_elements=max_elements)
         init = partial(init_stack, self.recipe)
         return [tensor for piece in pieces for tensor in state_tensors(piece, init)]
 
@@ -267,6 +279,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             ValueError: if the state belongs to another algorithm, version, or other views.
         """
         check_foreign(state_dict, self.param_groups, self.recipe.name)
+        if state_dict["state"]:
+            saved = state_dict["param_groups"]
+            ranks = adaptive_rank.read(saved) if "view_ranks" in saved[0] else None
+            adaptive_rank.check(ranks, self.param_groups, self.param_names, self.recipe)
         own = [{key: group[key] for key in ("views", "layers")} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):
@@ -306,19 +322,32 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Returns parameters and state bytes per algorithm, without allocating anything."""
         return plan_rows(self.recipe, self._plan_buckets())
 
-    def state_layout(self) -> Iterator[tuple[int, str, Tensor]]:
+    def state_layout(
+        self, view_ranks: ViewRanks | None = None
+    ) -> Iterator[tuple[int, str, Tensor]]:
         """Returns (parameter index, state key, meta tensor) of all state a first step will make.
 
         Where several ranks share the state, that of all of them together.
+
+        Args:
+            view_ranks: under ``rank="auto"`` in place of the ranks chosen so far.
         """
-        return state_layout(self.recipe, len(self._all_params()), self._plan_buckets())
+        return state_layout(self.recipe, len(self._all_params()), self._plan_buckets(view_ranks))
+
+    @property
+    def view_ranks(self) -> ViewRanks | None:
+        """Under ``rank="auto"`` the rank of each view of each parameter; None elsewhere."""
+        if not self.recipe.adapts_rank:
+            return None
+        adaptive_rank.fill_in(self.param_groups, self.recipe)
+        return adaptive_rank.read(self.param_groups)
 
     def health(self) -> dict[str, float]:
         """Returns cheap figures since the last call: what the algorithm reports (a mean over
         groups), ``graft_ratio`` (graft partner's norm over the direction's), ``skipped_nonfinite``,
         ``failed_updates``, ``step_ms``."""
         for bank in self._laid.banks:
-            report = getattr(algorithm_of(self.recipe, bank.bucket.key[0])[0], "health", None)
+            report = getattr(algorithm_of(self.recipe, bank.bucket.key)[0], "health", None)
             if report is not None:
                 for name, values in report(bank.rows(bank.bucket.slots).state).items():
                     self._health.observe(name, values)
@@ -350,20 +379,31 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _placed_views(self) -> list[PlacedView]:
-        return placed_views(self.param_groups, self.recipe.algorithm)
+    def placed(self, view_ranks: ViewRanks | None = None) -> list[PlacedView]:
+        """Returns all views of all parameters and where the algorithm wants them.
 
-    def _plan_buckets(self) -> list[Bucket]:
+        Args:
+            view_ranks: under ``rank="auto"`` in place of the ranks chosen so far.
+        """
+        groups = self.param_groups
+        if view_ranks is not None:
+            groups = [dict(group) for group in groups]
+            adaptive_rank.write(groups, view_ranks)
+        elif self.recipe.adapts_rank:
+            adaptive_rank.fill_in(groups, self.recipe)
+        return placed_views(groups, self.recipe.algorithm)
+
+    def _plan_buckets(self, view_ranks: ViewRanks | None = None) -> list[Bucket]:
         """The stacks of a single process."""
         params = self._all_params()
         max_elements = self.recipe.numerics.stack_limit(params)
-        return buckets_of(self._placed_views(), params, max_elements=max_elements)
+        return buckets_of(self.placed(view_ranks), params, max_elements=max_elements)
 
     def _ensure_state(self) -> None:
         """Lays the banks out, taking over what ``state`` holds after a load or a copy."""
         if self._laid.is_complete:
             return
-        names, placed = self.param_names, self._placed_views()
+        names, placed = self.param_names, self.placed()
         self._faults = Faults(names, self.recipe.numerics.max_failures, self._health)
         # Once for each parameter.
         new = placed[self._num_reported :]
@@ -393,6 +433,16 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             health=self._health,
             steps_per_epoch=self.steps_per_epoch,
         )
+
+    def _rechoose_ranks(self) -> None:
+        """Gives the views other ranks, where that is due and the state asks for it."""
+        done = max(self._laid.steps, default=0)
+        due = done > 0 and done % self.recipe.ranks.rank_interval == 0
+        if due and adaptive_rank.rechoose(
+            self._laid, self.param_groups, self.placed(), self.recipe, self.state
+        ):
+            self._forget_banks()
+            self._ensure_state()
 
     def _arm(self) -> None:
         """Prepares the capture of the next step."""

@@ -15,6 +15,8 @@ from hf_precond.preconditioners.base import Preconditioner, check_options, optio
 from hf_precond.preconditioners.diagonal import Adam, Sgd
 from hf_precond.preconditioners.schedule import Schedule
 
+# A rank that is chosen while training.
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -164,6 +166,23 @@ class ShardingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankOptions:
+    """How ranks are chosen under ``rank="auto"``."""
+
+    state_budget: float | None = option(
+        None,
+        "optimizer state over which rank='auto' chooses each matrix's rank, in multiples of "
+        "AdamW's (none: what the default rank would take)",
+        low=0,
+        low_open=True,
+    )
+    rank_interval: int = option(200, "steps between choices of the ranks under rank='auto'", low=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A named algorithm with all its options resolved: what the registry makes of a name and
     options.
@@ -171,6 +190,8 @@ class Recipe:
     Attributes:
         name: registry name.
         betas: decay of the first and second moments.
+        adapts_rank: whether each view has a rank of its own, chosen while training; that of the
+            algorithm is the one to begin with.
     """
 
     name: str
@@ -182,6 +203,8 @@ class Recipe:
     schedules: ScheduleOptions
     numerics: NumericsOptions
     sharding: ShardingOptions
+    ranks: RankOptions = RankOptions()
+    adapts_rank: bool = False
 
     @property
     def fallback_algorithm(self) -> Preconditioner:
@@ -204,10 +227,13 @@ class Recipe:
             self.schedules,
             self.numerics,
             self.sharding,
+            *((self.ranks,) if self.adapts_rank else ()),
         )
         for part in parts:
-            for item in fields(part):  # type: ignore[arg-type]
+            for item in fields(part):
                 if item.name not in {"beta1", "beta2"}:
                     value = getattr(part, item.name)
                     flat[item.name] = str(value) if isinstance(value, Schedule) else value
+        if self.adapts_rank:
+            flat["rank"] = AUTO
         return flat

@@ -18,9 +18,10 @@ from torch import Tensor
 from hf_precond.optim.banks import Bank
 from hf_precond.optim.comm import Comm
 from hf_precond.optim.pipeline import Cohort, Updates, part_of, update_alone
+from hf_precond.optim.roles import with_rank
 from hf_precond.optim.rounds import Stack, update_in_lockstep
-from hf_precond.optim.work import Work
-from hf_precond.preconditioners.base import Preconditioner, State, StepContext
+from hf_precond.optim.work import SumKind, Work
+from hf_precond.preconditioners.base import MAIN, Preconditioner, State, StepContext
 
 _ELSEWHERE = "a factorisation failed on another rank"
 
@@ -55,7 +56,7 @@ class Together:
             for share in shares
             if share.view.piece in sums
         }
-        self._nothing: dict[int, State] = {}
+        self._nothing: dict[SumKind, State] = {}
         self._places: WeakKeyDictionary[Bank, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def update(
@@ -96,7 +97,7 @@ class Together:
 
     def _is_linked(self, cohort: Cohort) -> bool:
         """Whether an update asks other ranks on its way."""
-        if not self._in_rounds or cohort.algorithm is not self._algorithm:
+        if not self._in_rounds or cohort.slots[0].role != MAIN:
             return False
         return self._work is None or cohort.slots[0].piece in self._work.sums
 
@@ -126,8 +127,8 @@ class Together:
             kind: tuple[int, ...] = (cohort.ctx.step, *(slot.piece for slot in cohort.slots))
             places = size
         else:
-            columns, _ = self._work.sums[cohort.slots[0].piece]
-            kind, places = (columns, cohort.ctx.step), self._work.places[columns]
+            of_sums, _ = self._work.sums[cohort.slots[0].piece]
+            kind, places = (*of_sums, cohort.ctx.step), self._work.places[of_sums]
         index, leads = self._index_and_leads(cohort)
         return Stack(
             algorithm=cohort.algorithm,
@@ -173,31 +174,31 @@ class Together:
     def _kinds(
         self, active: Collection[int], steps: Sequence[int]
     ) -> dict[tuple[int, ...], frozenset[int]]:
-        """Each kind of update, (block size, step), that some rank has in this step."""
+        """Each kind of update, (block size, rank, step), that some rank has in this step."""
         found: dict[tuple[int, ...], set[int]] = defaultdict(set)
-        for columns, param in self._linked:
+        for kind, param in self._linked:
             if param in active:
-                found[columns, steps[param] + 1].add(param)
+                found[(*kind, steps[param] + 1)].add(param)
         return {kind: frozenset(params) for kind, params in found.items()}
 
     def _probe(self, kind: tuple[int, ...], params: frozenset[int]) -> Stack:
         """A stack of no groups, which asks the same as those of its kind."""
         assert self._work is not None
-        columns, step = kind
-        shape = (0, 1, columns)
-        if columns not in self._nothing:
-            self._nothing[columns] = self._algorithm.init(
+        columns, rank, step = kind
+        algorithm, shape = with_rank(self._algorithm, rank), (0, 1, columns)
+        if (columns, rank) not in self._nothing:
+            self._nothing[columns, rank] = algorithm.init(
                 shape, dtype=self._dtype, device=self._device
             )
         nothing = torch.zeros(0, dtype=torch.long, device=self._device)
         return Stack(
-            algorithm=self._algorithm,
-            state=self._nothing[columns],
+            algorithm=algorithm,
+            state=self._nothing[columns, rank],
             gradient=torch.zeros(shape, dtype=self._dtype, device=self._device),
             ctx=StepContext(step=step),
             params=params,
             kind=kind,
-            places=self._work.places[columns],
+            places=self._work.places[columns, rank],
             index=nothing,
             leads=nothing.bool(),
         )

@@ -28,6 +28,8 @@ from hf_precond.views.shards import RowPart, chunk_ranges, row_parts
 from hf_precond.views.tiles import Tiles
 from hf_precond.views.view import ParamView, flat
 
+SumKind = tuple[int, int]
+"""(block size, rank): sums over blocks of one kind have equal shapes."""
 Parts = Sequence[tuple[int, AnyView, Extent]]
 """(rank, what it has of a view, as part of the whole) of all ranks."""
 RowsOf = Callable[[AnyView | None, Sequence[int], Sequence[Range]], Parts | None]
@@ -71,18 +73,18 @@ class Work:
         routes: of each parameter.
         owners: rank that works on each gathered parameter.
         shares: of all ranks, in an order that all ranks have.
-        sums: for each piece whose blocks are on several ranks: their block size, and the index of
-            its first group among all groups of that size.
+        sums: for each piece whose blocks are on several ranks: the kind of its sums, and the index
+            of its first group among all groups of that kind.
         leaders: for each of these pieces, the first rank that has each of its groups.
-        places: number of all groups of a block size.
+        places: number of all groups of a kind.
     """
 
     routes: tuple[str, ...]
     owners: dict[int, int]
     shares: tuple[Share, ...]
-    sums: dict[int, tuple[int, int]]
+    sums: dict[int, tuple[SumKind, int]]
     leaders: dict[int, tuple[int, ...]]
-    places: dict[int, int]
+    places: dict[SumKind, int]
 
     @property
     def is_shared(self) -> bool:
@@ -162,6 +164,11 @@ def is_flat(piece: PlannedView) -> bool:
     view = piece.view
     whole = isinstance(view, ParamView) and not view.narrows
     return piece.role == FALLBACK and whole and view.shape[:2] == (1, 1)
+
+
+def sum_kind(piece: PlannedView) -> SumKind:
+    """What the sums over the blocks of a piece have in common with those that are as large."""
+    return piece.view.shape[2], piece.key.rank
 
 
 def work_cost(view: AnyView) -> int:
@@ -364,18 +371,18 @@ def _sums(pieces: Sequence[PlannedView], shares: Sequence[Share]) -> dict[str, A
     holders: dict[int, dict[int, int]] = defaultdict(dict)
     for share in shares:
         extent = share.view.extent
-        if share.view.key[0] == MAIN and extent is not None and share.rank is not None:
+        if share.view.role == MAIN and extent is not None and share.rank is not None:
             found = holders[share.view.piece]
             if len(found) < num_groups[share.view.piece]:
                 for group in range(*extent.groups):
                     found.setdefault(group, share.rank)
-    sums: dict[int, tuple[int, int]] = {}
+    sums: dict[int, tuple[SumKind, int]] = {}
     leaders: dict[int, tuple[int, ...]] = {}
-    counts: dict[int, int] = defaultdict(int)
+    counts: dict[SumKind, int] = defaultdict(int)
     for piece in pieces:
         if piece.piece in holders:
-            groups, _, columns = piece.view.shape
-            sums[piece.piece] = columns, counts[columns]
-            counts[columns] += groups
+            groups, kind = piece.view.shape[0], sum_kind(piece)
+            sums[piece.piece] = kind, counts[kind]
+            counts[kind] += groups
             leaders[piece.piece] = tuple(holders[piece.piece][group] for group in range(groups))
     return {"sums": sums, "leaders": leaders, "places": dict(counts)}

@@ -277,6 +277,56 @@ class Placement:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """How the trace of second moments falls over the columns of a basis of one group.
+
+    Attributes:
+        inside: share of each column of the basis, largest first.
+        outside: share of all other directions together.
+        num_outside: how many these are.
+    """
+
+    inside: tuple[float, ...]
+    outside: float
+    num_outside: int
+
+
+@runtime_checkable
+class RankAdaptive(Protocol):
+    """An algorithm whose state can be carried over to another rank while it trains.
+
+    What it knows of a group's spectrum is a list of tensors ``[G, ...]``. That of a part of the
+    blocks adds up with that of the others.
+    """
+
+    @property
+    def rank(self) -> int:
+        """Columns of a basis."""
+        ...
+
+    def max_rank(self, shape: Shape) -> int:
+        """Largest rank that a view ``[G, M, B]`` can have."""
+        ...
+
+    def sums_for_ranks(self, state: State) -> list[Tensor]:
+        """What the spectra are made of, summed over the blocks at hand."""
+        ...
+
+    def turns_for_ranks(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """What is factorised of the sums over all blocks; one rank's is everybody's."""
+        ...
+
+    def spectra(self, turns: Sequence[Tensor], shape: Shape) -> list[list[Spectrum]]:
+        """For each group its spectra, one for each side that has a basis."""
+        ...
+
+    def resized(self, state: State, turns: Sequence[Tensor], rank: int) -> State:
+        """The state under another rank: the columns that hold least are given up, new ones are
+        chosen by seed and hold what the state knows of their directions."""
+        ...
+
+
 def placement(algorithm: Preconditioner, shape: Shape) -> Placement:
     """Asks an algorithm for the placement of a view; one without an opinion takes it whole."""
     place = getattr(algorithm, "place", None)
@@ -310,8 +360,13 @@ def option(
     low_open: bool = False,
     high_open: bool = False,
     choices: tuple[str, ...] = (),
+    word: str = "",
 ) -> Any:
-    """A dataclass field that is a hyperparameter: help, paper symbol, allowed values."""
+    """A dataclass field that is a hyperparameter: help, paper symbol, allowed values.
+
+    Args:
+        word: given in place of a value, it leaves the value to the optimizer.
+    """
     return field(
         default=default,
         metadata={
@@ -322,6 +377,7 @@ def option(
             "low_open": low_open,
             "high_open": high_open,
             "choices": choices,
+            "word": word,
         },
     )
 
@@ -336,7 +392,8 @@ def allowed_values(metadata: Mapping[str, Any]) -> str:
         parts.append(f"{'>' if metadata['low_open'] else '>='} {low:g}")
     if high is not None:
         parts.append(f"{'<' if metadata['high_open'] else '<='} {high:g}")
-    return " and ".join(parts)
+    word = metadata.get("word")
+    return " and ".join(parts) + (f", or {word!r}" if word else "")
 
 
 def check_options(options: Any) -> None:

@@ -45,16 +45,22 @@ deflation, the same
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from math import ceil, isqrt
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_precond.linalg.eigen import eigh, eigvalsh
-from hf_precond.linalg.subspace import orthonormal, random_basis, top_ritz_basis
+from hf_precond.linalg.subspace import (
+    extended_basis,
+    orthonormal,
+    random_basis,
+    top_ritz_basis,
+)
 from hf_precond.linalg.symmetric import pack, packed_size, triangle, unpack
 from hf_precond.preconditioners.base import (
     FromOneRank,
@@ -62,6 +68,7 @@ from hf_precond.preconditioners.base import (
     OptimizerInfo,
     Rounds,
     Shape,
+    Spectrum,
     SquaresTakenIn,
     State,
     StepContext,
@@ -78,11 +85,12 @@ from hf_precond.preconditioners.shared_moments import (
     block_norm_bound,
     matvec,
     nonzero,
+    right_multiply,
     row_squares,
     trace,
 )
 
-Spectrum = tuple[Tensor, Tensor]
+Eigen = tuple[Tensor, Tensor]
 _ACCUMULATED = ("coef", "escaped_mass", "tail_sq")
 # A weight outside the basis is scaled by at most the tenfold of what its block's mean would give.
 _TAIL_FLOOR = 0.01
@@ -96,7 +104,7 @@ class SharedBasis:
 
     rows_may_split: ClassVar[bool] = True
 
-    rank: int = option(32, "columns of the shared basis", symbol="k", low=1)
+    rank: int = option(32, "columns of the shared basis", symbol="k", low=1, word="auto")
     num_iters: int = option(1, "subspace iterations per basis update", low=1)
     oversample: int = option(0, "extra columns iterated beside the basis", symbol="p", low=0)
     warm_start: bool = option(True, "start the iteration from the previous basis")
@@ -190,7 +198,7 @@ class SharedBasis:
         """The update where other ranks may have more blocks of the same groups."""
         rank = self.effective_rank(g_GMB.shape[-1])
         new, squares = State(), NewState()
-        spectrum: Spectrum | None = None
+        spectrum: Eigen | None = None
         changed = True
         if ctx.due(self.update_interval):
             new, squares, spectrum = yield from self._update_basis(state, g_GMB, rank, ctx)
@@ -230,6 +238,75 @@ class SharedBasis:
             / (inside + outside).clamp(min=torch.finfo(coef.dtype).tiny)
         }
 
+    # -- another rank -----------------------------------------------------------------------------
+
+    def max_rank(self, shape: Shape) -> int:
+        return replace(self, rank=shape[2]).effective_rank(shape[2])
+
+    def sums_for_ranks(self, state: State) -> list[Tensor]:
+        coef = self._load(state["coef"], self.effective_rank(state["basis"].shape[-2]))
+        return [coef.sum(1), state["escaped_mass"].sum(1)]
+
+    def turns_for_ranks(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        values, vectors = eigh(sums[0])
+        return [values.flip(-1).clamp(min=0), vectors.flip(-1), sums[1]]
+
+    def spectra(self, turns: Sequence[Tensor], shape: Shape) -> list[list[Spectrum]]:
+        values, _, escaped_mass = turns
+        num_outside = shape[2] - values.shape[-1]
+        outside = escaped_mass * num_outside
+        total = nonzero(values.sum(-1) + outside)
+        inside = values / total.unsqueeze(-1)
+        shares = zip(inside.tolist(), (outside / total).tolist(), strict=True)
+        return [[Spectrum(tuple(columns), rest, num_outside)] for columns, rest in shares]
+
+    def resized(self, state: State, turns: Sequence[Tensor], rank: int) -> State:
+        """See :class:`RankAdaptive`. H_i stays as it is under a larger rank. Under a smaller one
+        its part outside of the smaller basis goes to the escaped mass: with ``escaped_norm="mean"``
+        the trace stays, else a bound of its norm is added."""
+        size = state["basis"].shape[-2]
+        old, new = self.effective_rank(size), replace(self, rank=rank).effective_rank(size)
+        width = min(new + self.oversample, size)
+        if new == old:
+            return dict(state)
+        coef, root = (self._load(state[name], old) for name in ("coef", "root"))
+        if new > old:
+            # What is iterated beside the basis begins the new columns.
+            pad = (0, new - old, 0, new - old)
+            basis = state["basis"][..., :width]
+            more = {"coef": self._store(F.pad(coef, pad)), "root": self._store(F.pad(root, pad))}
+            if basis.shape[-1] < width:
+                basis = extended_basis(basis, width, seed=self.seed + new)
+            return {**state, **more, "basis": basis}
+        vectors = turns[1]
+        coef, root = (right_multiply(right_multiply(x, vectors).mT, vectors) for x in (coef, root))
+        basis = torch.cat([state["basis"][..., :old] @ vectors, state["basis"][..., old:]], -1)
+        kept, rest = slice(None, new), slice(new, None)
+        found = {
+            **state,
+            "basis": basis[..., :width],
+            "coef": self._store(coef[..., kept, kept]),
+            "root": self._store(root[..., kept, kept]),
+            "escaped_mass": self._escaped_with(
+                state["escaped_mass"], coef[..., rest, rest], coef[..., rest, kept], size
+            ),
+        }
+        if self.tail == "diagonal":
+            found["tail_sq"] = state["tail_sq"].clone()
+            columns = basis[..., new:old]
+            for index in range(old - new):  # at once it would be [G, M, B, old - new]
+                row = coef[..., rest, new + index] @ columns.mT
+                found["tail_sq"].addcmul_(row, columns[..., index].unsqueeze(1))
+        return found
+
+    def _escaped_with(self, escaped_mass: Tensor, rest: Tensor, off: Tensor, size: int) -> Tensor:
+        """The escaped mass once the coefficients' blocks ``rest`` and ``off`` are given up."""
+        old, new = rest.shape[-1] + off.shape[-1], off.shape[-1]
+        if self.escaped_norm == "mean":
+            return (escaped_mass * (size - old) + trace(rest)) / (size - new)
+        norms = (x.flatten(-2).norm(dim=-1) for x in (rest, off))
+        return escaped_mass + block_norm_bound(torch.zeros_like(escaped_mass), *norms)
+
     # -- one update -------------------------------------------------------------------------------
 
     @property
@@ -248,7 +325,7 @@ class SharedBasis:
 
     def _update_basis(
         self, state: State, g_GMB: Tensor, rank: int, ctx: StepContext
-    ) -> Generator[Any, tuple[Tensor, ...], tuple[State, NewState, Spectrum | None]]:
+    ) -> Generator[Any, tuple[Tensor, ...], tuple[State, NewState, Eigen | None]]:
         """One basis update: the new state, what squares to take in, and the spectrum of the new
         coefficients if it was needed."""
         decay, weight = self._weights
@@ -359,7 +436,7 @@ class SharedBasis:
         (columns,) = yield FromOneRank((columns,))
         return columns
 
-    def _lowest(self, coef: Tensor, spectrum: Spectrum | None) -> Tensor:
+    def _lowest(self, coef: Tensor, spectrum: Eigen | None) -> Tensor:
         """The eigenvalue ``[G, M]`` that deflation moves to the escaped mass."""
         if not self.deflate:
             return torch.zeros(coef.shape[:2], dtype=coef.dtype, device=coef.device)
@@ -367,7 +444,7 @@ class SharedBasis:
         return values[..., 0].clamp(min=0)
 
     def _root(
-        self, state: State, rank: int, spectrum: Spectrum | None
+        self, state: State, rank: int, spectrum: Eigen | None
     ) -> Generator[Any, tuple[Tensor, ...], State]:
         """(R_i + c_i I)^(-1/2) - c_i^(-1/2) I and c_i^(-1/2), c_i = rho_i + eps."""
         if spectrum is None:
@@ -384,7 +461,7 @@ class SharedBasis:
         root, tail_root = yield FromOneRank((root, tail_root), per_block=True)
         return {"root": root, "root_tail": tail_root}
 
-    def _spectrum(self, coef: Tensor) -> Generator[Any, tuple[Tensor, ...], Spectrum]:
+    def _spectrum(self, coef: Tensor) -> Generator[Any, tuple[Tensor, ...], Eigen]:
         """Eigenvalues ``[G, M, K]`` and vectors of the coefficients, pooled over the blocks."""
         if self.pool == 0:
             return eigh(coef)

@@ -25,6 +25,7 @@ Of our own: no paper has it. Where it meets Adam and a rotated Adam the tests ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,13 +33,14 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.fused import fused
-from hf_precond.linalg.subspace import gram_iteration, random_basis
+from hf_precond.linalg.subspace import extended_basis, gram_iteration, random_basis
 from hf_precond.preconditioners.base import (
     FromOneRank,
     NewState,
     OptimizerInfo,
     Rounds,
     Shape,
+    Spectrum,
     SquaresTakenIn,
     State,
     StepContext,
@@ -61,7 +63,7 @@ class TwoSidedBasis:
 
     exact_state: ClassVar[tuple[str, ...]] = ("in_basis", "out_basis")
 
-    rank: int = option(32, "columns of each basis, at most those of its side", low=1)
+    rank: int = option(32, "columns of each basis, at most those of its side", low=1, word="auto")
     update_interval: int = option(1, "steps between updates of the bases", low=1)
     update_rms: float | None = option(
         0.2,
@@ -126,10 +128,79 @@ class TwoSidedBasis:
         norm = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True)
         return direction.mul_(self.update_rms * direction[0].numel() ** 0.5 / nonzero(norm))
 
+    # -- another rank --
+
+    def max_rank(self, shape: Shape) -> int:
+        return min(shape[1:])
+
+    def sums_for_ranks(self, state: State) -> list[Tensor]:
+        core, out, into, tail = (state[name] for name in _SQUARES)
+        sides = core.sum(-1) + out.sum(-1), core.sum(-2) + into.sum(-2)
+        total = sum(_total(part).flatten() for part in (core, out, into, tail))
+        return [*sides, torch.as_tensor(total)]
+
+    def turns_for_ranks(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        return list(sums)
+
+    def spectra(self, turns: Sequence[Tensor], shape: Shape) -> list[list[Spectrum]]:
+        *sides, total = turns
+        found: list[list[Spectrum]] = [[] for _ in range(len(total))]
+        for side, size in zip(sides, shape[1:], strict=True):
+            shares = side.sort(-1, descending=True).values / nonzero(total).unsqueeze(-1)
+            outside = (1 - shares.sum(-1)).clamp(min=0) * (total > 0)
+            of_groups = zip(found, shares.tolist(), outside.tolist(), strict=True)
+            for spectra, inside, rest in of_groups:
+                spectra.append(Spectrum(tuple(inside), rest, size - len(inside)))
+        return found
+
+    def resized(self, state: State, turns: Sequence[Tensor], rank: int) -> State:
+        """See :class:`RankAdaptive`. Second moments go from one part to the other as if the
+        coordinates were uncorrelated: those of q^T g are the sums over q^2."""
+        out_energy, in_energy, _ = turns
+        state = _resized_columns(
+            state, in_energy, min(rank, state["in_basis"].shape[-2]), self.seed
+        )
+        turned = _resized_columns(
+            _transposed(state), out_energy, min(rank, state["out_basis"].shape[-2]), self.seed + 1
+        )
+        return _transposed(turned)
+
     def health(self, state: State) -> dict[str, Tensor]:
         """Share of the second moments' trace outside both bases, per group ``[G]``."""
         core, out, into, tail = (_total(state[name]).flatten() for name in _SQUARES)
         return {"escaped_mass_share": tail / nonzero(core + out + into + tail)}
+
+
+def _transposed(state: State) -> State:
+    """The state of the transposed matrices; other tensors stay."""
+    core, out, into, tail = (state[name].mT for name in _SQUARES)
+    return {
+        **state,
+        "out_basis": state["in_basis"],
+        "in_basis": state["out_basis"],
+        **dict(zip(_SQUARES, (core, into, out, tail), strict=True)),
+    }
+
+
+def _resized_columns(state: State, energy: Tensor, rank: int, seed: int) -> State:
+    """The state with another number of columns of ``in_basis``.
+
+    Args:
+        energy: second moments of each column, ``[G, K]``.
+    """
+    basis, (core, out, into, tail) = state["in_basis"], (state[name] for name in _SQUARES)
+    old = basis.shape[-1]
+    if rank > old:
+        basis = extended_basis(basis, rank, seed=seed + rank)
+        squares = basis[..., old:].square()
+        core, into = torch.cat([core, out @ squares], -1), torch.cat([into, tail @ squares], -1)
+    elif rank < old:
+        order = torch.argsort(energy, dim=-1, descending=True, stable=True).unsqueeze(-2)
+        basis, core, into = (x.take_along_dim(order, -1) for x in (basis, core, into))
+        squares = basis[..., rank:].square().mT
+        out, tail = out + core[..., rank:] @ squares, tail + into[..., rank:] @ squares
+        basis, core, into = (x[..., :rank] for x in (basis, core, into))
+    return {**state, "in_basis": basis, **dict(zip(_SQUARES, (core, out, into, tail), strict=True))}
 
 
 def _split(x_GMB: Tensor, out_basis: Tensor, in_basis: Tensor) -> Parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,23 @@ from hf_precond.views.tiles import Tiles
 from hf_precond.views.view import ParamView
 
 AnyView = ParamView | Tiles | Joint
-Key = tuple[str, torch.device, int]
 Range = tuple[int, int]
 Tensors = Mapping[int, Tensor] | Sequence[Tensor]
+
+
+class Key(NamedTuple):
+    """What views have in common that are stacked.
+
+    Attributes:
+        role: what works on them: the algorithm, the graft step alone, or the fallback.
+        chunk: number of the stack among those that must stay apart.
+        rank: of the algorithm for these views; 0 for the one it has by its options.
+    """
+
+    role: str
+    device: torch.device
+    chunk: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +66,7 @@ class PlannedView:
         bias: index of the bias that a joint view takes along.
         number: index of the window among all windows of the optimizer.
         first_group: index of the window's first group among all groups of the optimizer.
-        key: views stack only with views of an equal key (role, device, chunk).
+        key: views stack only with views of an equal key.
         piece: index among all views that are stacked, tiles of several sizes apart.
         extent: what of the piece the view has; None for all of it.
     """
@@ -68,7 +83,7 @@ class PlannedView:
     @property
     def role(self) -> str:
         """What works on it: the algorithm, the graft step alone, or the fallback."""
-        return self.key[0]
+        return self.key.role
 
     @property
     def params(self) -> tuple[int, ...]:

@@ -138,7 +138,7 @@ def test_columns_of_a_slot_make_its_gradient(
     gradients = {index: param.grad for index, param in enumerate(params)}
     joint = whole = 0
     buckets = buckets_of(placed_views(groups, recipe.algorithm), params, max_elements=1000)
-    for slot in (slot for bucket in buckets if bucket.key[0] == "main" for slot in bucket.slots):
+    for slot in (slot for bucket in buckets if bucket.key.role == "main" for slot in bucket.slots):
         found = source.columns(slot, gradients)
         assert found is not None
         assert found.complete

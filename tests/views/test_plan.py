@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from hf_precond.views.plan import PlannedView, clusters, plan_buckets
+from hf_precond.views.plan import Key, PlannedView, clusters, plan_buckets
 from hf_precond.views.view import ParamView, fused_rows, rows
 
 CPU = torch.device("cpu")
 
 
 def planned(param: int, view: ParamView, algorithm: str = "a") -> PlannedView:
-    return PlannedView(param=param, view=view, key=(algorithm, CPU, 0))
+    return PlannedView(param=param, view=view, key=Key(algorithm, CPU))
 
 
 def test_equal_blocks_share_a_stack_in_order() -> None:

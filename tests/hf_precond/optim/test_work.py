@@ -136,11 +136,12 @@ def test_leaders_are_the_first_that_have_a_group(size: int) -> None:
         for group, leader in enumerate(leaders):
             ranks = [share.rank for share in shares if group in range(*share.view.extent.groups)]
             assert leader == min(ranks)
-    by_size = Counter[int]()
-    for number, (columns, first) in work.sums.items():
-        assert first == by_size[columns]
-        by_size[columns] += pieces[number].view.shape[0]
-    assert work.places == by_size
+    by_kind = Counter[tuple[int, int]]()
+    for number, (kind, first) in work.sums.items():
+        assert kind == (pieces[number].view.shape[2], 0)
+        assert first == by_kind[kind]
+        by_kind[kind] += pieces[number].view.shape[0]
+    assert work.places == by_kind
 
 
 def test_gathered_parameters_have_owners() -> None:
