@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -100,12 +101,13 @@ def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, str]:
 
 def changed_options(optimizer: PreconditionedOptimizer) -> dict[str, str]:
     """Returns the options that differ from the defaults, in the notation of ``optim_args``."""
-    values = optimizer.recipe.hyperparameters()
+    specs, values = option_specs(optimizer.algorithm_name), optimizer.recipe.hyperparameters()
     defaults = resolve(optimizer.algorithm_name).hyperparameters()
+    # Some options are there only where another has called for them.
     return {
         name: as_text(values[name])
-        for name in option_specs(optimizer.algorithm_name)
-        if as_text(values[name]) != as_text(defaults[name])
+        for name, spec in specs.items()
+        if name in values and as_text(values[name]) != as_text(defaults.get(name, spec.default))
     }
 
 
@@ -173,7 +175,11 @@ def _hyperparameters(optimizer: PreconditionedOptimizer) -> dict[str, str]:
         "weight decay": f"{first['weight_decay']:g}",
     }
     specs, values = option_specs(optimizer.algorithm_name), optimizer.recipe.hyperparameters()
-    return groups | {name: as_text(values[name]) for name in specs if name in values}
+    shown = groups | {name: as_text(values[name]) for name in specs if name in values}
+    if optimizer.view_ranks is not None:
+        ranks = sorted(rank for of_param in optimizer.view_ranks for rank in of_param if rank)
+        shown["rank"] += f" ({ranks[0]} to {ranks[-1]}, half of them up to {median_low(ranks)})"
+    return shown
 
 
 def _run_facts(trainer: Trainer) -> dict[str, str]:

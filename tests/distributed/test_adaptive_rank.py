@@ -22,8 +22,7 @@ from tests.distributed.training import STEPS, Run, Training, Weights, resumed, s
 
 pytestmark = pytest.mark.distributed
 
-NAMES = ("shared_basis_adam", "two_sided_basis")
-MODES = ("replicated", "owner", "blocks", "fsdp2", "hsdp")
+BLOCKS, TWO = NAMES = ("shared_basis_adam", "two_sided_basis")
 HALF = 5
 
 
@@ -39,7 +38,14 @@ def chosen(run: Run) -> tuple[Weights, list[ViewRanks | None]]:
     return training.weights(), ranks
 
 
-@pytest.mark.parametrize(("name", "mode"), cases(MODES, NAMES))
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *cases(("blocks", "fsdp2"), [BLOCKS], every=NAMES),
+        *cases(["owner"], [TWO], every=NAMES),
+        *cases(("replicated", "hsdp"), (), every=NAMES),
+    ],
+)
 def test_all_choose_what_one_process_chooses(ranks: Ranks, name: str, mode: str) -> None:
     run = run_of(name, mode)
     found = ranks.run(chosen, run, world=MOST if mode == "hsdp" else 2)
@@ -53,10 +59,8 @@ def test_all_choose_what_one_process_chooses(ranks: Ranks, name: str, mode: str)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        ("shared_basis_adam", "blocks"),
-        pytest.param("shared_basis_adam", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("two_sided_basis", "owner", marks=pytest.mark.slow),
-        ("two_sided_basis", "fsdp2"),
+        *cases(["fsdp2"], [TWO], every=NAMES),
+        *cases(("blocks", "owner"), (), every=NAMES),
     ],
 )
 def test_written_on_some_ranks_and_read_on_others(

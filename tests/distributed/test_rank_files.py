@@ -15,6 +15,7 @@ from trainer_ext.checkpoint import DamagedCheckpointError, load_optimizer, save_
 pytestmark = pytest.mark.distributed
 
 STEPS = 3
+AUTO = {"rank": "auto", "rank_interval": 2, "state_budget": 1.7}
 MODES = [
     ("shared_basis_adam", "fsdp2"),
     ("shared_basis_adam", "blocks"),
@@ -51,13 +52,21 @@ def refused(run: Run, folder: Path) -> str:
 def test_any_ranks_read_what_four_have_written(
     ranks: Ranks, tmp_path: Path, name: str, mode: str
 ) -> None:
-    run = Run(name=name, mode=mode)
+    _check_readers(ranks, tmp_path, Run(name=name, mode=mode))
+
+
+def test_any_ranks_read_views_of_other_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """Under rank='auto' the reader begins with other shapes of state than it is to read."""
+    _check_readers(ranks, tmp_path, Run(name="shared_basis_adam", mode="fsdp2", options=AUTO))
+
+
+def _check_readers(ranks: Ranks, tmp_path: Path, run: Run) -> None:
     (state, files), *_ = ranks.run(written, run, tmp_path)
     assert files == [
         *(f"optimizer-rank-0000{rank}-of-00004.safetensors" for rank in range(4)),
         "optimizer.ranks.json",
     ]
-    readers = [(4, mode), (2, mode), (1, mode), (3, "owner")]
+    readers = [(4, run.mode), (2, run.mode), (1, run.mode), (3, "owner")]
     for world, other in readers:
         found = ranks.run(read, run.on(other), tmp_path, world=world)[0]
         assert found.keys() == state.keys()

@@ -399,3 +399,28 @@ def test_a_checkpoint_in_the_way_is_incomplete_while_it_is_written_over(
         with pytest.raises(KeyboardInterrupt):
             run.train()
     assert "trainer_state.json" in incomplete_because(folder)
+
+
+AUTO = {
+    "optim": "shared_basis_adam",
+    "optim_args": "rank=auto,rank_interval=2,state_budget=1.7,start_step=2",
+}
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_resume_begins_with_the_ranks_that_were_chosen(tmp_path: Path, pickled: bool) -> None:
+    straight = trainer(tmp_path / "straight", **AUTO)
+    first = straight.create_optimizer().view_ranks
+    straight.train()
+    folder = checkpoint_of(straight)
+    assert re.search(r"rank \| auto \(\d+ to \d+, half", (folder / "README.md").read_text())
+    if pickled:
+        halfway = trainer(tmp_path / "halfway", **AUTO).create_optimizer()
+        checkpoint.load_optimizer(halfway, folder)
+        torch.save(halfway.state_dict(), folder / "optimizer.pt")
+        (folder / "optimizer.safetensors").unlink()
+    run = trainer(tmp_path / "resumed", **AUTO)
+    run.train(resume_from_checkpoint=str(folder))
+    assert same_weights(run.model, straight.model)
+    ranks = [one.optimizer.optimizer.view_ranks for one in (run, straight)]
+    assert ranks[0] == ranks[1] != first

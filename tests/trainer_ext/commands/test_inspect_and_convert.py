@@ -79,6 +79,27 @@ def test_there_and_back_is_the_same_bit_for_bit(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_chosen_ranks_go_there_and_back(
+    as_json: Callable[..., Any], command: Command, model_folder: Path, tmp_path: Path
+) -> None:
+    options = "rank=auto,rank_interval=1,state_budget=1.7"
+    run = trainer(
+        tmp_path / "run", max_steps=3, save_steps=3, optim="two_sided_basis", optim_args=options
+    )
+    run.train()
+    saved, back = tmp_path / "run" / "checkpoint-3", tmp_path / "back"
+    ranks = read_state(saved)[1]["view_ranks"]
+    assert len({str(of_param) for of_param in ranks.values()}) > 2
+    pickled, model = tmp_path / "optimizer.pt", ("--model", model_folder)
+    command("convert", saved, pickled, *model)
+    command("convert", pickled, back, *model, "--optim_args", options)
+    first, second = read_state(saved), read_state(back)
+    assert second[1]["view_ranks"] == ranks
+    assert first[0].keys() == second[0].keys()
+    assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
+    assert as_json("inspect", saved)["hyperparameters"]["rank"] == "auto"
+
+
 def test_a_converted_state_is_what_the_trainer_would_load(
     command: Command, checkpoint: Path, model_folder: Path, tmp_path: Path
 ) -> None:
