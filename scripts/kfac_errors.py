@@ -58,18 +58,12 @@ from trainer_ext.data.vision_presets import (
     name_labels,
     vision_preset_config,
 )
-from trainer_ext.kfac_observers import REFERENCE, ObservedLayer, Observer, observed_layers
+from trainer_ext.kfac_observers import METRICS, REFERENCE, ObservedLayer, Observer, observed_layers
 from trainer_ext.provenance import provenance
 from trainer_ext.reports import show_report
 
 # Intervals of Table 1 in units of the interval between updates of the factors.
 HEAVY, NEVER = 5, 30
-METRICS: Mapping[str, str] = {
-    "input": "inverse of the input factor",
-    "output": "inverse of the output factor",
-    "step": "step",
-    "angle": "1 - cos of the step",
-}
 BY_UPDATE, BY_STEP = ("input", "output"), ("step", "angle")
 
 

@@ -29,6 +29,13 @@ from trainer_ext.build import build_optimizer
 from trainer_ext.timing import now
 
 REFERENCE = "reference"
+# What observers measure, and in words.
+METRICS: Mapping[str, str] = {
+    "input": "inverse of the input factor",
+    "output": "inverse of the output factor",
+    "step": "step",
+    "angle": "1 - cos of the step",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,12 +70,14 @@ def step_(
         rates: learning rate of each parameter.
         decays: decoupled weight decay of each parameter.
     """
-    alike: dict[tuple[int, int, float], list[Slot]] = {}
+    alike: dict[tuple[int, float | int, float], list[Slot]] = {}
     for slot in bank.bucket.slots:
         index = slot.param
         if index in gradients:
-            key = steps[index] + 1, id(rates[index]), decays[index]
-            alike.setdefault(key, []).append(slot)
+            rate = rates[index]
+            # To read a tensor's value would wait for the device.
+            alike_by = id(rate) if isinstance(rate, Tensor) else rate
+            alike.setdefault((steps[index] + 1, alike_by, decays[index]), []).append(slot)
     for (step, _, decay), slots in alike.items():
         taken = [weights[slot.param] for slot in slots]
         moments = {

@@ -22,6 +22,12 @@ class Weights:
         self._params = params
         self._stochastic_rounding = stochastic_rounding
 
+    def are_copies(self, indices: Iterable[int]) -> bool:
+        """Whether any of :meth:`taken` would be no weight itself."""
+        return self._stochastic_rounding and any(
+            self._params[index].dtype in HALF_DTYPES for index in indices
+        )
+
     def taken(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """This rank's parts of parameters; in float32 where they are rounded stochastically."""
         weights = {index: local(self._params[index]) for index in indices}

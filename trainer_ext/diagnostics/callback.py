@@ -124,7 +124,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._end(state)
         if self._then_exit and len(self.windows) == len(self._starts):
             self._write(state)
-            raise SystemExit(0)
+            raise SystemExit(0 if self._has_found(state) else 1)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,7 +149,7 @@ class DiagnosticsCallback(TrainerCallback):
             )
         self._write(state)
         if self._then_exit:
-            raise SystemExit(0 if self.windows else 1)
+            raise SystemExit(0 if self._has_found(state) else 1)
 
     def _begin(self, first: int) -> None:
         assert self._model is not None
@@ -194,11 +194,15 @@ class DiagnosticsCallback(TrainerCallback):
         if not state.is_world_process_zero or self.output_dir is None:
             return
         windows = [window for window in self.windows if window.kernels]
-        if not windows:
+        if not self._has_found(state):
             logger.warning("diagnostics: no look has seen two steps with finite gradients")
             return
         write_report(self.output_dir, windows, state.log_history, type(self._model).__name__)
         logger.info("diagnostics: %s", self.output_dir / "index.html")
+
+    def _has_found(self, state: TrainerState) -> bool:
+        """Whether there is something to report; only the first process knows what."""
+        return any(window.kernels or not state.is_world_process_zero for window in self.windows)
 
     def _remove_hooks(self) -> None:
         for part in (self._sampler, self._kfac_errors):

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer_ext.callbacks import HEALTH_PREFIX
+from trainer_ext.diagnostics.collect import evenly
 from trainer_ext.diagnostics.findings import METHODS, KernelFindings, Window
-from trainer_ext.diagnostics.kfac import METRICS
+from trainer_ext.kfac_observers import METRICS
 
 Draw = Callable[[Axes, KernelFindings], None]
 
@@ -257,9 +258,7 @@ def _styled() -> Iterator[None]:
 
 def _spread(kernels: Sequence[KernelFindings], most: int) -> list[KernelFindings]:
     """At most so many, evenly from all."""
-    if len(kernels) <= most:
-        return list(kernels)
-    return [kernels[round(index * (len(kernels) - 1) / (most - 1))] for index in range(most)]
+    return [kernels[index] for index in evenly(len(kernels), most).tolist()]
 
 
 def _short(name: str) -> str:

@@ -329,9 +329,11 @@ def kfac_advice(window: Window) -> list[str]:
     for variants in window.kfac.values():
         for label, metrics in variants.items():
             found.setdefault(label, []).extend(metrics["step"])
-    if not found:
+    # Steps with gradients that are not finite have no metrics.
+    seen = {label: fmean(values) for label, values in found.items() if values}
+    if not seen:
         return []
-    steps = ", ".join(f"{label} {fmean(values):.0%}" for label, values in found.items())
+    steps = ", ".join(f"{label} {mean:.0%}" for label, mean in seen.items())
     return [f"Steps of K-FAC variants differ from those of K-FAC at every step by: {steps}."]
 
 

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from hf_precond.linalg.precision import highest_matmul_precision
 from hf_precond.preconditioners.base import StepContext
 from trainer_ext.diagnostics.collect import evenly
-from trainer_ext.kfac_observers import REFERENCE, ObservedLayer, Observer, observed_layers
+from trainer_ext.kfac_observers import METRICS, REFERENCE, ObservedLayer, Observer, observed_layers
 
-METRICS = {
-    "input": "inverse of the input factor",
-    "output": "inverse of the output factor",
-    "step": "step",
-    "angle": "1 - cos of the step",
-}
 Curves = dict[str, dict[str, dict[str, list[float]]]]
 """Layer -> variant -> metric -> values, one a step."""
 

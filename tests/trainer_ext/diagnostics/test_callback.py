@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer
 
 from tests.trainer_ext.tiny import same_weights, tiny_gpt2, trainer
 from trainer_ext.diagnostics import DiagnosticsCallback
@@ -177,6 +178,26 @@ def test_a_run_that_is_too_short_says_so_and_saves_nothing(
     assert stop.value.code == status
     assert "training ended at step 6, before the look after 9" in caplog.text
     assert (tmp_path / "diagnostics" / "index.html").is_file() == (status == 0)
+
+
+class NotANumber(Trainer):
+    """Whose loss never is one."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) * float("nan")
+
+
+@pytest.mark.parametrize("kfac", [False, True])
+def test_a_look_without_finite_gradients_is_no_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kfac: bool
+) -> None:
+    run = trainer(tmp_path, kind=NotANumber, **QUIET)
+    options = {"steps": 2, "sizes": SMALL, "layers": ["*.0.mlp.c_fc"], "then_exit": True}
+    run.add_callback(DiagnosticsCallback(kfac=kfac, **options))
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as stop:
+        run.train()
+    assert stop.value.code == 1
+    assert "no look has seen two steps with finite gradients" in caplog.text
 
 
 def test_kernels_of_a_kind_are_the_first_a_middle_and_the_last() -> None:
