@@ -220,6 +220,15 @@ def read(param_groups: Sequence[Mapping[str, Any]]) -> ViewRanks:
     return [list(of_param) for group in param_groups for of_param in group["view_ranks"]]
 
 
+def mean_rank(ranks: ViewRanks) -> float:
+    """Mean over the views that have a rank.
+
+    >>> mean_rank([[8, 4], [0], [6]])
+    6.0
+    """
+    return fmean([rank for of_param in ranks for rank in of_param if rank] or [0])
+
+
 def check(
     ranks: Any, param_groups: Sequence[Mapping[str, Any]], names: Sequence[str], recipe: Recipe
 ) -> None:

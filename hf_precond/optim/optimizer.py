@@ -345,13 +345,16 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def health(self) -> dict[str, float]:
         """Returns cheap figures since the last call: what the algorithm reports (a mean over
         groups), ``graft_ratio`` (graft partner's norm over the direction's), ``skipped_nonfinite``,
-        ``failed_updates``, ``step_ms``."""
+        ``failed_updates``, ``step_ms``; ``mean_rank`` where ranks are chosen."""
         for bank in self._laid.banks:
             report = getattr(algorithm_of(self.recipe, bank.bucket.key)[0], "health", None)
             if report is not None:
                 for name, values in report(bank.rows(bank.bucket.slots).state).items():
                     self._health.observe(name, values)
-        return self._health.take()
+        figures = self._health.take()
+        if self.view_ranks is not None:
+            figures["mean_rank"] = adaptive_rank.mean_rank(self.view_ranks)
+        return figures
 
     # -- state --
 

@@ -277,6 +277,7 @@ def test_ranks_go_where_the_spectrum_is_long_within_the_budget(name: str) -> Non
         steps = 4 * len(optimizer.param_names)
         assert held(optimizer) == steps + sum(row.state_bytes for row in optimizer.plan())
     assert planned <= 2.0 * adamw_bytes(model)
+    assert optimizer.health()["mean_rank"] == pytest.approx(sum(seen[-1]) / len(seen[-1]))
     assert seen[0] != first
     short, middle, long = seen[-1]
     assert short < first[0]
