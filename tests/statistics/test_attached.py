@@ -360,7 +360,7 @@ def test_tied_linear_layers_follow_the_fallback() -> None:
 
 @pytest.mark.parametrize("name", LAYER_METHODS)
 def test_only_adapters_are_captured(name: str) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs the extra dev")
     base = tiny_gpt2(**NO_DROPOUT)
     config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     model = peft.get_peft_model(base, config).train()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     HfArgumentParser,
     Trainer,
@@ -91,7 +92,6 @@ def test_member_pickles_as_plain_str_and_copies_as_itself() -> None:
 
 
 def test_training_args_bin_loads_without_the_package(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
     torch.save(arguments(tmp_path), tmp_path / "training_args.bin")
     done = subprocess.run(
         [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(tmp_path / "training_args.bin")],

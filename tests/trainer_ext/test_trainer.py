@@ -207,7 +207,7 @@ def test_own_arguments_check_options_at_once(tmp_path: Path) -> None:
 
 
 def test_lora_model_trains_and_saves(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs the extra dev")
     config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     model = peft.get_peft_model(tiny_gpt2(), config)
     start = {name: param.clone() for name, param in model.named_parameters()}

@@ -26,7 +26,7 @@ from tests.trainer_ext.tiny import arguments, same_weights, tiny_gpt2
 from trainer_ext.callbacks import our_optimizer
 from trainer_ext.optim_names import HookedTrainer
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="needs the extra dev")
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "mat", "log", "a", "big", "small", "red"]

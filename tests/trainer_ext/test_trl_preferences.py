@@ -19,7 +19,7 @@ from tests.trainer_ext.test_every_optimizer import optim_args
 from tests.trainer_ext.test_trl import METHODS, check_faultless, sentences, tokenizer
 from tests.trainer_ext.tiny import arguments, same_weights, tiny_gpt2
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="needs the extra dev")
 
 
 def pairs() -> Dataset:

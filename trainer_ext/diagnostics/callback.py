@@ -123,7 +123,7 @@ class DiagnosticsCallback(TrainerCallback):
             return
         self._end(state)
         if self._then_exit and len(self.windows) == len(self._starts):
-            self._write(state)
+            self._write(args, state)
             raise SystemExit(0 if self._has_found(state) else 1)
 
     def on_train_end(
@@ -147,7 +147,7 @@ class DiagnosticsCallback(TrainerCallback):
                 "s" if len(missed) > 1 else "",
                 ", ".join(map(str, missed)),
             )
-        self._write(state)
+        self._write(args, state)
         if self._then_exit:
             raise SystemExit(0 if self._has_found(state) else 1)
 
@@ -190,14 +190,15 @@ class DiagnosticsCallback(TrainerCallback):
             window.kernels.append(findings)
             window.pictures[samples.name] = pictures
 
-    def _write(self, state: TrainerState) -> None:
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         if not state.is_world_process_zero or self.output_dir is None:
             return
         windows = [window for window in self.windows if window.kernels]
         if not self._has_found(state):
             logger.warning("diagnostics: no look has seen two steps with finite gradients")
             return
-        write_report(self.output_dir, windows, state.log_history, type(self._model).__name__)
+        name = type(self._model).__name__
+        write_report(self.output_dir, windows, state.log_history, name, args.seed)
         logger.info("diagnostics: %s", self.output_dir / "index.html")
 
     def _has_found(self, state: TrainerState) -> bool:

@@ -14,7 +14,7 @@ from jinja2 import Environment
 
 from trainer_ext.diagnostics.figures import draw_all
 from trainer_ext.diagnostics.findings import METHODS, ROTATIONS, Advice, Window, advise
-from trainer_ext.provenance import hardware, package_versions
+from trainer_ext.provenance import git_revision, hardware, package_versions
 from trainer_ext.reports import write_json
 
 CAPTIONS: Mapping[str, tuple[str, str]] = {
@@ -62,20 +62,28 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
 
 
 def write_report(
-    folder: Path, windows: Sequence[Window], history: Sequence[Mapping[str, Any]], model_name: str
+    folder: Path,
+    windows: Sequence[Window],
+    history: Sequence[Mapping[str, Any]],
+    model_name: str,
+    seed: int,
 ) -> None:
     """Writes ``index.html``, the figures and ``findings.json``."""
     advice = [advise(window) for window in windows]
     drawn = [draw_all(window, folder, history) for window in windows]
-    write_json(folder / "findings.json", _rounded(as_json(windows, advice, model_name)))
+    write_json(folder / "findings.json", _rounded(as_json(windows, advice, model_name, seed)))
     page = render(windows, advice, drawn, model_name)
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def as_json(windows: Sequence[Window], advice: Sequence[Advice], model_name: str) -> dict[str, Any]:
+def as_json(
+    windows: Sequence[Window], advice: Sequence[Advice], model_name: str, seed: int
+) -> dict[str, Any]:
     """All numbers behind the figures."""
     return {
         "model": model_name,
+        "seed": seed,
+        "git_revision": git_revision(Path.cwd()),
         "packages": package_versions(),
         "hardware": hardware(),
         "looks": [

@@ -46,6 +46,27 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A tiny autoencoder of drawn images."""
+    content = {
+        "preset": "tiny",
+        "config_overrides": "hidden_sizes=[8,4]",
+        "image_size": 8,
+        "max_train_samples": 40,
+        "max_eval_samples": 10,
+        "max_steps": 5,
+        "per_device_train_batch_size": 8,
+        "optim": "two_sided_basis",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "output_dir": str(tmp_path / "out"),
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of the tiny GPT-2 that the runs train."""

@@ -45,22 +45,7 @@ def test_a_script_is_diagnosed_and_saves_nothing(script: Path, tmp_path: Path) -
     assert callbacks.FOR_EVERY_TRAINER == []
 
 
-def test_a_configuration_is_diagnosed_in_its_own_folder(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    options = {
-        "preset": "tiny",
-        "config_overrides": "hidden_sizes=[8,4]",
-        "image_size": 8,
-        "max_train_samples": 40,
-        "max_eval_samples": 10,
-        "max_steps": 5,
-        "per_device_train_batch_size": 8,
-        "optim": "adamw_torch",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "output_dir": str(tmp_path / "out"),
-    }
-    config.write_text(json.dumps(options))
+def test_a_configuration_is_diagnosed_in_its_own_folder(config: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         cli.main(["diagnose", "--steps", "3", "--task", "autoencoder", str(config)])
     found = json.loads((tmp_path / "out" / "diagnostics" / "findings.json").read_text())

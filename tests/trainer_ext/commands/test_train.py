@@ -12,28 +12,6 @@ from trainer_ext import cli
 from trainer_ext.commands.train import TASKS
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A tiny autoencoder of drawn images."""
-    content = {
-        "preset": "tiny",
-        "config_overrides": "hidden_sizes=[8,4]",
-        "image_size": 8,
-        "max_train_samples": 40,
-        "max_eval_samples": 10,
-        "max_steps": 5,
-        "per_device_train_batch_size": 8,
-        "optim": "two_sided_basis",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "output_dir": str(tmp_path / "out"),
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(content))
-    return path
-
-
 def test_a_task_is_trained_with_changes(config: Path, tmp_path: Path) -> None:
     cli.main(["train", "--task", "autoencoder", str(config), "--max_steps", "2"])
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
