@@ -1,22 +1,24 @@
 """A rank for each view under one budget of state: ``rank="auto"``.
 
-The trace of a view's second moments falls over the columns of a basis, fast in one layer and slowly
-in another; what a column costs in bytes differs, too. Ranks go where a byte takes in the largest
-share of the trace, each view counted by its weights. They are chosen anew every ``rank_interval``
-steps, after a step, when all state fits together, and the state is carried over.
+The second moments of one layer fall fast over the columns of a basis, those of another are nearly
+even; what a column costs in bytes differs, too. Ranks go where a byte makes the description of the
+second moments most likely (:func:`fit`), each view counted by its weights. They are chosen anew
+every ``rank_interval`` steps, after a step, when all state fits together, and the state is carried
+over.
 
-What a basis does not see of a spectrum is filled in: falling as a geometric series from the last
-column on, with the sum that is known. So a view with a heavy tail gets columns to look with, and
-keeps them if they find something.
+A view moves by one rung at a time: what no column has seen is filled in, falling as a geometric
+series from the last column on with the sum that is known, and that is good for a few columns only.
 """
 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import log
 from statistics import fmean
 from typing import Any, cast
 
@@ -35,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 # Few enough that layers of one shape still stack; more columns than the last bring but time.
 RUNGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# What is less than this part of the mean is rounding.
+_LEAST_SHARE = 1e-8
+# So many times as much must columns be worth elsewhere.
+_RELUCTANCE = 1.25
 _META = torch.device("meta")
 _STEP_BYTES = 4
 
@@ -54,20 +60,36 @@ class Candidate:
     values: Sequence[float]
 
 
-def captured(spectrum: Spectrum, ranks: Sequence[int]) -> list[float]:
-    """Returns the share of the trace that so many columns hold, or would hold, for each rank."""
+def fit(spectrum: Spectrum, ranks: Sequence[int]) -> list[float]:
+    """Returns how well a basis of so many columns describes the second moments, for each rank.
+
+    That is minus the logarithm of the determinant of the description per dimension: of the shares
+    of the columns and, for all other directions, of their mean. It is the likelihood of Tipping and
+    Bishop, Probabilistic Principal Component Analysis (1999), eq. 4, at its maximum. A direction
+    counts by how far its share is from the mean of those that stay outside; the size of the
+    gradients does not.
+    """
     inside, outside, count = spectrum.inside, spectrum.outside, spectrum.num_outside
-    last = inside[-1]
-    ratio = _ratio(last, outside, count)
-    shares = []
+    size = len(inside) + count
+    shares = [*inside, *_filled_in(inside[-1], outside, count, max(ranks) - len(inside))]
+    least = _LEAST_SHARE / size
+    found, held, done = [], 0.0, 0
+    rest = sum(inside) + outside
     for rank in ranks:
-        share, missing = sum(inside[:rank]), min(rank - len(inside), count)
-        if missing > 0 and ratio is None:
-            share += outside * missing / count
-        elif missing > 0 and ratio is not None:
-            share += min(outside, _geometric(last, ratio, missing))
-        shares.append(share)
-    return shares
+        for share in shares[done:rank]:
+            held, rest = held + log(max(share, least)), rest - share
+        done = rank
+        other = size - rank
+        found.append(-(held + other * log(max(rest / max(1, other), least))) / size)
+    return found
+
+
+def _filled_in(last: float, outside: float, count: int, wanted: int) -> list[float]:
+    """The first shares of directions that no column has seen."""
+    ratio = _ratio(last, outside, count)
+    if ratio is None:
+        return [outside / count] * min(wanted, count) if count else []
+    return [last * ratio**index for index in range(1, min(wanted, count) + 1)]
 
 
 def _ratio(last: float, total: float, count: int) -> float | None:
@@ -107,6 +129,22 @@ def choose(candidates: Sequence[Candidate], budget: float) -> list[int]:
             continue
         spent, at[index] = spent + cost, target
     return [candidate.ranks[place] for candidate, place in zip(candidates, at, strict=True)]
+
+
+def near(candidate: Candidate, rank: int) -> Candidate:
+    """The candidate with the ranks next to one only: what is far from it is not known yet.
+
+    Fewer columns count as worse than they are, or views of equal worth would go on exchanging them.
+    """
+    above = bisect_right(candidate.ranks, rank)
+    below = bisect_left(candidate.ranks, rank)
+    own = slice(max(0, below - 1), above + 1)
+    kept = candidate.values[max(0, above - 1)]
+    values = [
+        kept + (value - kept) * (_RELUCTANCE if value < kept else 1)
+        for value in candidate.values[own]
+    ]
+    return Candidate(ranks=candidate.ranks[own], num_bytes=candidate.num_bytes[own], values=values)
 
 
 def _hull(candidate: Candidate) -> list[tuple[float, int]]:
@@ -329,7 +367,8 @@ def _own_sums(laid: LaidOut, recipe: Recipe) -> Iterator[tuple[Slot, list[Tensor
     for bank in laid.banks:
         if bank.bucket.key.role == MAIN:
             algorithm = adaptive_with(recipe, bank.bucket.key.rank)
-            sums = algorithm.sums_for_ranks(bank.rows(bank.bucket.slots).state)
+            state = bank.rows(bank.bucket.slots).state
+            sums = algorithm.sums_for_ranks(state, recipe.stages.averaged_gradient(state))
             for slot in bank.bucket.slots:
                 yield slot, [part[slot.start : slot.stop] for part in sums]
 
@@ -337,9 +376,9 @@ def _own_sums(laid: LaidOut, recipe: Recipe) -> Iterator[tuple[Slot, list[Tensor
 def _no_sums(item: PlacedView, recipe: Recipe, device: torch.device) -> list[Tensor]:
     """Zeros in the shapes of a view's sums."""
     shape, dtype = item.view.shape, recipe.numerics.dtype
-    algorithm = with_rank(recipe.algorithm, item.rank)
-    state = algorithm.init(shape, dtype=dtype, device=_META)
-    sums = cast(RankAdaptive, algorithm).sums_for_ranks(state)
+    state = init_stack(recipe, Key(MAIN, _META, 0, item.rank), shape, _META)
+    moment = recipe.stages.averaged_gradient(state)
+    sums = adaptive_with(recipe, item.rank).sums_for_ranks(state, moment)
     return [torch.zeros(x.shape, dtype=dtype, device=device) for x in sums]
 
 
@@ -360,30 +399,39 @@ def _chosen(
     recipe: Recipe,
 ) -> ViewRanks:
     sizes, limit = Sizes(recipe), budget_bytes(recipe, params, placed)
-    fixed = _STEP_BYTES * len(params)
-    fixed += sum(sizes.of(item, 0) for item in placed if item.place.role != MAIN)
-    candidates = []
-    for number, of_view in turns.items():
-        item = placed[number]
-        algorithm = adaptive_with(recipe, item.rank)
-        ranks = rungs(algorithm, item.view.shape)
-        curves = [
-            captured(spectrum, ranks)
-            for of_group in algorithm.spectra(of_view, item.view.shape)
-            for spectrum in of_group
-        ]
-        candidates.append(
-            Candidate(
-                ranks=ranks,
-                num_bytes=[sizes.of(item, rank) for rank in ranks],
-                values=[item.view.numel * fmean(shares) for shares in zip(*curves, strict=True)],
-            )
-        )
-    chosen = dict(zip(turns, choose(candidates, limit - fixed), strict=True))
+    limit -= _STEP_BYTES * len(params)
+    limit -= sum(sizes.of(item, 0) for item in placed if item.place.role != MAIN)
+    candidates = [
+        _candidate(placed[number], of_view, recipe, sizes) for number, of_view in turns.items()
+    ]
+    steps = [
+        near(candidate, placed[number].rank)
+        for number, candidate in zip(turns, candidates, strict=True)
+    ]
+    # Unless a smaller budget than before asks for more.
+    in_steps = sum(candidate.num_bytes[0] for candidate in steps) <= limit
+    chosen = dict(zip(turns, choose(steps if in_steps else candidates, limit), strict=True))
     found: ViewRanks = [[] for _ in params]
     for number, item in enumerate(placed):
         found[item.param].append(chosen.get(number, 0))
     return found
+
+
+def _candidate(
+    item: PlacedView, of_view: Sequence[Tensor], recipe: Recipe, sizes: Sizes
+) -> Candidate:
+    algorithm = adaptive_with(recipe, item.rank)
+    ranks = rungs(algorithm, item.view.shape)
+    curves = [
+        fit(spectrum, ranks)
+        for of_group in algorithm.spectra(of_view, item.view.shape)
+        for spectrum in of_group
+    ]
+    return Candidate(
+        ranks=ranks,
+        num_bytes=[sizes.of(item, rank) for rank in ranks],
+        values=[item.view.numel * fmean(of_rank) for of_rank in zip(*curves, strict=True)],
+    )
 
 
 def _resize(

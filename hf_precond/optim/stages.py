@@ -112,6 +112,12 @@ class StageOptions:
             names.append("graft_sq")
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
 
+    def averaged_gradient(self, state: State) -> Tensor | None:
+        """The average of gradients that the state has, up to a factor; None where it has none."""
+        if self.momentum_site != "gradient" or self.momentum == "none":
+            return None
+        return state["exp_avg" if self.momentum == "ema" else "momentum_buffer"]
+
 
 # The fallback algorithms keep their own moments: nothing happens around them.
 NO_STAGES = StageOptions(momentum="none", graft="none")

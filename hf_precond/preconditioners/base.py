@@ -309,8 +309,13 @@ class RankAdaptive(Protocol):
         """Largest rank that a view ``[G, M, B]`` can have."""
         ...
 
-    def sums_for_ranks(self, state: State) -> list[Tensor]:
-        """What the spectra are made of, summed over the blocks at hand."""
+    def sums_for_ranks(self, state: State, moment: Tensor | None) -> list[Tensor]:
+        """What the spectra are made of, summed over the blocks at hand.
+
+        Args:
+            moment: averaged gradient ``[G, M, B]``, where there is one: it knows of a new column
+                sooner than second moments of long memory.
+        """
         ...
 
     def turns_for_ranks(self, sums: Sequence[Tensor]) -> list[Tensor]:

@@ -243,18 +243,25 @@ class SharedBasis:
     def max_rank(self, shape: Shape) -> int:
         return replace(self, rank=shape[2]).effective_rank(shape[2])
 
-    def sums_for_ranks(self, state: State) -> list[Tensor]:
-        coef = self._load(state["coef"], self.effective_rank(state["basis"].shape[-2]))
-        return [coef.sum(1), state["escaped_mass"].sum(1)]
+    def sums_for_ranks(self, state: State, moment: Tensor | None) -> list[Tensor]:
+        basis, size = state["basis"], state["basis"].shape[-2]
+        rank = self.effective_rank(size)
+        coef = self._load(state["coef"], rank).sum(1)
+        if moment is None:
+            return [coef, coef, trace(coef) + state["escaped_mass"].sum(1) * (size - rank)]
+        inside = moment @ basis[..., :rank]
+        return [coef, inside.mT @ inside, moment.square().sum((-2, -1))]
 
     def turns_for_ranks(self, sums: Sequence[Tensor]) -> list[Tensor]:
-        values, vectors = eigh(sums[0])
-        return [values.flip(-1).clamp(min=0), vectors.flip(-1), sums[1]]
+        coef, second_moments, total = sums
+        vectors = eigh(coef)[1].flip(-1)
+        values = (vectors * (second_moments @ vectors)).sum(-2).clamp(min=0)
+        return [values, vectors, total]
 
     def spectra(self, turns: Sequence[Tensor], shape: Shape) -> list[list[Spectrum]]:
-        values, _, escaped_mass = turns
+        values, _, total = turns
         num_outside = shape[2] - values.shape[-1]
-        outside = escaped_mass * num_outside
+        outside = (total - values.sum(-1)).clamp(min=0)
         total = nonzero(values.sum(-1) + outside)
         inside = values / total.unsqueeze(-1)
         shares = zip(inside.tolist(), (outside / total).tolist(), strict=True)

@@ -133,7 +133,14 @@ class TwoSidedBasis:
     def max_rank(self, shape: Shape) -> int:
         return min(shape[1:])
 
-    def sums_for_ranks(self, state: State) -> list[Tensor]:
+    def sums_for_ranks(self, state: State, moment: Tensor | None) -> list[Tensor]:
+        if moment is not None:
+            out, into = state["out_basis"].mT @ moment, moment @ state["in_basis"]
+            return [
+                out.square().sum(-1),
+                into.square().sum(-2),
+                moment.square().sum((-2, -1)),
+            ]
         core, out, into, tail = (state[name] for name in _SQUARES)
         sides = core.sum(-1) + out.sum(-1), core.sum(-2) + into.sum(-2)
         total = sum(_total(part).flatten() for part in (core, out, into, tail))

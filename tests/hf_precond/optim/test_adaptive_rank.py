@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise, product
+from math import log
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from hf_precond import PreconditionedOptimizer, create_optimizer, resolve
 from hf_precond.explain import explain_groups
 from hf_precond.linalg.symmetric import pack
-from hf_precond.optim.adaptive_rank import Candidate, captured, choose, rungs
+from hf_precond.optim.adaptive_rank import Candidate, choose, fit, near, rungs
 from hf_precond.optim.flat_state import StateMismatchError, flat_state, load_flat_state
 from hf_precond.preconditioners.base import Spectrum, StepContext
 from hf_precond.preconditioners.shared_basis import SharedBasis
@@ -57,8 +58,6 @@ def test_no_choice_within_the_bytes_spent_is_worth_more(seed: int) -> None:
         best = max(other for other, cost in everything if cost <= spent)
         # A step of several rungs may leave a smaller one that would have fitted.
         assert value >= 0.9 * best
-    greedy = [worth(choose(views, budget)) for budget in range(least, most + 1)]
-    assert all(before[0] <= after[0] + 1e-12 or after[1] > 0 for before, after in pairwise(greedy))
 
 
 def test_a_rung_worth_nothing_is_not_climbed() -> None:
@@ -67,17 +66,47 @@ def test_a_rung_worth_nothing_is_not_climbed() -> None:
     assert choose([flat, steep], 100) == [1, 4]
 
 
-def test_shares_are_known_inside_and_filled_in_outside() -> None:
-    spectrum = Spectrum((0.4, 0.2, 0.1), 0.3, 7)
-    shares = captured(spectrum, range(1, 11))
-    assert shares[:3] == pytest.approx([0.4, 0.6, 0.7])
-    assert shares[-1] == pytest.approx(1.0)
-    gains = [after - before for before, after in pairwise(shares)]
-    assert all(before >= after > 0 for before, after in pairwise(gains))
-    # More than equal terms could hold falls evenly.
-    even = captured(Spectrum((0.1,), 0.9, 4), range(1, 6))
-    assert even == pytest.approx([0.1, 0.325, 0.55, 0.775, 1.0])
-    assert captured(Spectrum((0.0,), 0.0, 4), [1, 5]) == [0, 0]
+def test_a_rank_is_worth_how_well_it_describes_what_is_known() -> None:
+    shares = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01], dtype=torch.float64)
+    found = fit(Spectrum(tuple(shares.tolist()), 0.0, 0), range(1, 7))
+    for rank, value in enumerate(found, start=1):
+        described = torch.cat([shares[:rank], shares[rank:].mean().expand(6 - rank)])
+        assert value == pytest.approx(-float(torch.logdet(described.diag())) / 6)
+    # No other description of one mean outside is more likely.
+    log_likelihood = -(described.log().sum() + (shares / described).sum()) / 6
+    assert found[-1] == pytest.approx(float(log_likelihood) + 1)
+    assert all(before < after for before, after in pairwise(found[:-1]))
+    assert found[-1] == pytest.approx(found[-2])  # one direction is its own mean
+
+
+def test_shares_outside_are_filled_in() -> None:
+    tail = [0.1 * 0.8**index for index in range(1, 8)]
+    spectrum, whole = (
+        Spectrum((0.4, 0.2, 0.1), sum(tail), 7),
+        Spectrum((0.4, 0.2, 0.1, *tail), 0.0, 0),
+    )
+    assert fit(spectrum, range(1, 11)) == pytest.approx(fit(whole, range(1, 11)))
+    # More than equal shares could hold is even, and what is even needs no column.
+    even = fit(Spectrum((0.1,), 0.9, 4), range(1, 6))
+    assert even == pytest.approx(5 * [even[0]])
+    assert fit(Spectrum((0.0,), 0.0, 4), [1, 5]) == pytest.approx(2 * [-log(2e-9)])
+
+
+def test_ranks_move_a_rung_at_a_time_and_not_for_little() -> None:
+    steep = Candidate(ranks=(1, 2, 4, 8), num_bytes=(1, 2, 4, 8), values=(0.0, 1.0, 2.0, 3.0))
+    middle = near(steep, 2)
+    assert (middle.ranks, middle.num_bytes) == ((1, 2, 4), (1, 2, 4))
+    assert middle.values[1:] == [1.0, 2.0]
+    assert middle.values[0] < 0.0
+    assert (near(steep, 1).ranks, near(steep, 8).ranks) == ((1, 2), (4, 8))
+    assert near(steep, 3).ranks == (2, 4)  # a rank of another ladder
+    # What one gives up must be worth much more elsewhere.
+    alike, better = (
+        Candidate(ranks=(1, 2), num_bytes=(1, 2), values=(0.0, gain)) for gain in (1.0, 1.1)
+    )
+    assert choose([near(alike, 2), near(better, 1)], 3) == [2, 1]
+    much = Candidate(ranks=(1, 2), num_bytes=(1, 2), values=(0.0, 1.5))
+    assert choose([near(alike, 2), near(much, 1)], 3) == [1, 2]
 
 
 def test_ranks_are_rungs_up_to_what_a_view_can_have() -> None:
@@ -105,7 +134,7 @@ def trained(algorithm: Any, steps: int = 8) -> dict[str, Tensor]:
 
 
 def resized(algorithm: Any, state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    turns = algorithm.turns_for_ranks(algorithm.sums_for_ranks(state))
+    turns = algorithm.turns_for_ranks(algorithm.sums_for_ranks(state, None))
     found: dict[str, Tensor] = algorithm.resized(state, turns, rank)
     return found
 
@@ -279,9 +308,8 @@ def test_ranks_go_where_the_spectrum_is_long_within_the_budget(name: str) -> Non
     assert planned <= 2.0 * adamw_bytes(model)
     assert optimizer.health()["mean_rank"] == pytest.approx(sum(seen[-1]) / len(seen[-1]))
     assert seen[0] != first
-    short, middle, long = seen[-1]
-    assert short < first[0]
-    assert short < min(middle, long)
+    _, falling, flat = seen[-1]
+    assert falling > max(first[0], flat)
 
 
 def test_without_a_budget_the_default_rank_is_shared_out() -> None:
