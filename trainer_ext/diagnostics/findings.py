@@ -16,6 +16,8 @@ from trainer_ext.diagnostics.measures import Errors, SharedBasisRun
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 ENOUGH = 0.2
 """A rank is enough where a shared basis misses at most this share of the trace."""
+# Ranks that differ by this factor are no longer one rank.
+_APART = 4
 # What bases for each head must save at least, as a share of the squared second moments.
 _WORTH_BASES = 0.02
 MOST_ONLINE = 32
@@ -234,6 +236,11 @@ def rank_advice(kernels: Sequence[KernelFindings]) -> tuple[int, list[str]]:
         f"the diagonal that Adam keeps {adam:.0%}. The squares are mostly those of a few large "
         "directions.",
     ]
+    if wanted[-1] >= _APART * wanted[0]:
+        found.append(
+            f"Single kernels need from {wanted[0]} to {wanted[-1]} columns for that: rank=auto "
+            "gives each its own, within one budget of state (state_budget)."
+        )
     ranks = [kernel.input_rank for kernel in kernels if kernel.input_rank is not None]
     if ranks:
         counts = [len(kernel.spectrum) for kernel in kernels if kernel.spectrum]

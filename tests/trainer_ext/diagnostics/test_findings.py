@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from trainer_ext.diagnostics.collect import KernelSamples
@@ -41,6 +43,15 @@ def test_the_rank_is_that_of_the_gradients() -> None:
     assert advise(window_of(low_rank(16))).rank == 16
     # Full rank: no small basis is enough.
     assert advise(window_of(low_rank(32))).rank == 32
+
+
+def test_kernels_that_need_very_different_ranks_are_told_apart() -> None:
+    one, other = window_of(low_rank(2)), window_of(low_rank(16))
+    alike = replace(one, kernels=[*one.kernels, *one.kernels])
+    apart = replace(one, kernels=[*one.kernels, *other.kernels])
+    assert not any("rank=auto" in text for text in advise(alike).sentences)
+    (sentence,) = (text for text in advise(apart).sentences if "rank=auto" in text)
+    assert "from 2 to 16 columns" in sentence
 
 
 def test_heads_in_subspaces_of_their_own_want_bases_of_their_own() -> None:
