@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ STAGE_SETS: dict[str, dict[str, Any]] = {
     "small_buckets": {"bucket_size": 1},
 }
 SCALES = (1e8, 1e-12)
+# Stages are the same code around every algorithm: with these all of them at once, with the others
+# some of them, and the rest with the slow tests.
+EVERY_STAGE = ("shared_basis_adagrad", "two_sided_basis", "kfac")
+SHARE_OF_STAGES = 6
+# Algorithms whose options are mostly those of another one.
+RELATIVES = ("shared_basis_adam", "rs_kfac", "sre_kfac", "b_r_kfac", "b_kfac_c", "adafacdiag_pp")
 
 
 REGULAR = {
@@ -106,7 +113,28 @@ def check_agreement(
     assert any(param.abs().sum() > 0 for param in params)
 
 
-@pytest.mark.parametrize("graft", ["none", "rmsprop_normalized"])
+def pairs(labels: Iterable[Any]) -> list[Any]:
+    """(name, label) for all optimizers, most of them slow."""
+    return [
+        pytest.param(
+            name,
+            label,
+            marks=()
+            if name in EVERY_STAGE or (number + index) % SHARE_OF_STAGES == 0
+            else pytest.mark.slow,
+        )
+        for number, name in enumerate(list_optimizers())
+        for index, label in enumerate(labels)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "graft"),
+    [
+        *((name, "none") for name in list_optimizers()),
+        *pairs(["rmsprop_normalized"]),
+    ],
+)
 @pytest.mark.parametrize("stream", STREAMS)
 def test_agrees_with_reference(name: str, stream: str, graft: str) -> None:
     degenerate = _tolerance(name, "degenerate", DEGENERATE_TOLERANCE)
@@ -121,20 +149,25 @@ def test_agrees_with_reference_on_few_rows_or_columns(name: str, stream: str) ->
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("graft", ["none", "adam", "rmsprop_normalized"])
+@pytest.mark.parametrize(("name", "graft"), pairs(["none", "adam", "rmsprop_normalized"]))
 def test_agrees_with_reference_at_every_scale(name: str, scale: float, graft: str) -> None:
     check_agreement(
         name, gradient_scale=scale, graft=graft, tolerance=_tolerance(name, "scales", TOLERANCE)
     )
 
 
-@pytest.mark.parametrize("label", STAGE_SETS)
+@pytest.mark.parametrize(("name", "label"), pairs(STAGE_SETS))
 def test_agrees_with_reference_under_all_stages(name: str, label: str) -> None:
     check_agreement(name, **STAGE_SETS[label])
 
 
 @pytest.mark.parametrize(
-    ("row", "label"), [(row, label) for row in REFERENCES for label in REFERENCES[row].option_sets]
+    ("row", "label"),
+    [
+        pytest.param(row, label, marks=pytest.mark.slow if row in RELATIVES and index % 3 else ())
+        for row in REFERENCES
+        for index, label in enumerate(REFERENCES[row].option_sets)
+    ],
 )
 def test_agrees_with_reference_under_own_options(row: str, label: str) -> None:
     options = REFERENCES[row].option_sets[label]
