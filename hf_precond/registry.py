@@ -298,8 +298,8 @@ def _may_adapt_rank(info: OptimizerInfo) -> bool:
 
 def _check_without_auto(given: Mapping[str, Any], specs: Mapping[str, OptionSpec]) -> None:
     """Raises ValueError for options that only ``rank="auto"`` reads."""
-    for key in given:
-        if specs[key].section == "ranks":
+    for key, value in given.items():
+        if specs[key].section == "ranks" and value != specs[key].default:
             rank = given.get("rank", specs["rank"].default)
             raise ValueError(f"{key} is not allowed with rank = {rank!r}: it needs rank = {AUTO!r}")
 

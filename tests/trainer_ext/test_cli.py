@@ -98,7 +98,14 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    # The others start the same way; other tests run their scripts in this process.
+    [
+        pytest.param(name, marks=() if name == "torchrun" else pytest.mark.slow)
+        for name in LAUNCHERS
+    ],
+)
 def test_unmodified_script(launcher: str, script: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = python(*LAUNCHERS[launcher].split(), str(script), *options(out), folder=tmp_path)

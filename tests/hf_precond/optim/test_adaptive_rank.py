@@ -406,6 +406,11 @@ def test_options_that_do_not_go_together(name: str, options: dict[str, Any], mes
         resolve(name, options)
 
 
+def test_defaults_that_a_fixed_rank_does_not_read_may_be_given() -> None:
+    defaults = {"rank": 8, "state_budget": None, "rank_interval": 200}
+    assert resolve("two_sided_basis", defaults) == resolve("two_sided_basis", {"rank": 8})
+
+
 @pytest.mark.parametrize("saved_auto", [True, False])
 def test_a_state_of_the_other_kind_is_refused(saved_auto: bool) -> None:
     kinds: list[dict[str, Any]] = [{}, {"rank": 4, "rank_interval": None, "state_budget": None}]
