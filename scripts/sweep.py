@@ -14,8 +14,9 @@ mappings:
               [low, high]) and `one_minus` (option -> [low, high] of what it lacks to one); every
               combination of the grid has the same trials, so that draws are equal for all variants
 
-`extends` names another such file, whose sections count where this one has none. A run that is in
-the results file already is skipped, so an interrupted sweep is continued by the same command.
+`extends` names another such file, whose sections count where this one has none; options of `base`
+are added to its own. A run that is in the results file already is skipped, so an interrupted sweep
+is continued by the same command.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ def read_sweep(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
     """
     content = read_yaml_mapping(path)
     check_keys(content, ("script", EXTENDS, *SECTIONS))
+    inherited: dict[str, dict[str, Any]] = {}
     if EXTENDS in content:
         script, inherited = read_sweep(path.parent / str(content[EXTENDS]))
         content = {"script": script, **inherited, **content}
@@ -167,6 +169,7 @@ def read_sweep(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
     for section, value in config.items():
         if not isinstance(value, dict):
             raise ValueError(f"{section} in {str(path)!r} must be a mapping")
+    config["base"] = {**inherited.get("base", {}), **config["base"]}
     if not config["variants"]:
         raise ValueError(f"variants in {str(path)!r} must name at least one variant")
     if config["random"]:

@@ -113,6 +113,16 @@ def test_a_file_may_extend_another(sweep: ModuleType, tmp_path: Path) -> None:
     assert [run.options["seed"] for run in sweep.expand(config)] == [5, 5]
 
 
+def test_options_of_base_are_added_to_those_of_the_extended_file(
+    sweep: ModuleType, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(json.dumps({**CONFIG, "base": {"max_steps": 5, "weight_decay": 0.1}}))
+    second.write_text(json.dumps({"extends": "first.yaml", "base": {"max_steps": 7}}))
+    _, config = sweep.read_sweep(second)
+    assert config["base"] == {"max_steps": 7, "weight_decay": 0.1}
+
+
 def test_what_lacks_to_one_is_drawn_as_a_power(sweep: ModuleType) -> None:
     ranges = {"one_minus": {"adam_beta2": [1e-4, 1e-1]}}
     runs = sweep.expand({**SEARCH, "random": {"trials": 200, **ranges}})
