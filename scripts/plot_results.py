@@ -154,7 +154,9 @@ def markdown_table(
 
 
 def quality_of(result: VariantResult) -> str:
-    """What is shown beside the loss: accuracy, perplexity of language models, or nothing."""
+    """What is shown beside the loss: BLEU, accuracy, perplexity of language models, or nothing."""
+    if result.bleu is not None:
+        return "BLEU"
     if result.accuracy is not None:
         return "accuracy"
     has_perplexity = any("eval_perplexity" in run["metrics"] for run in result.runs)
@@ -182,6 +184,8 @@ def _loss_with_spread(result: VariantResult) -> str:
 
 
 def _quality_cell(result: VariantResult) -> str:
+    if result.bleu is not None:
+        return f"{result.bleu:.1f}"
     if result.accuracy is not None:
         return f"{100 * result.accuracy:.1f} %"
     return f"{math.exp(result.final_loss):.1f}"

@@ -28,6 +28,7 @@ class VariantResult:
         curve: mean validation loss by step; of steps that all seeds have.
         spread: standard deviation over seeds of the final loss, None for a single seed.
         accuracy: of a classifier, at the end.
+        bleu: of a translator, at the end.
         tried: setting -> mean final validation loss, infinite for a diverged one.
         runs: the records at the best setting.
     """
@@ -39,6 +40,7 @@ class VariantResult:
     runs: Sequence[Record]
     spread: float | None = None
     accuracy: float | None = None
+    bleu: float | None = None
 
     @property
     def final_loss(self) -> float:
@@ -104,6 +106,7 @@ def best_setting(name: str, records: Sequence[Record]) -> VariantResult:
         curve=mean_curve([to_curve(run["eval_loss"]) for run in runs]),
         spread=stdev(losses) if len(losses) > 1 else None,
         accuracy=mean_accuracy(runs),
+        bleu=mean_metric(runs, "eval_bleu"),
         tried=tried,
         runs=runs,
     )
@@ -120,9 +123,14 @@ def varied_options(records: Sequence[Record]) -> list[str]:
 
 def mean_accuracy(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """Mean final accuracy of classifiers, None for language models, which have a perplexity."""
-    found = [run["metrics"].get("eval_accuracy") for run in runs]
     of_text = any("eval_perplexity" in run["metrics"] for run in runs)
-    return None if of_text or None in found else fmean(found)
+    return None if of_text else mean_metric(runs, "eval_accuracy")
+
+
+def mean_metric(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean of a metric at the end, None where a run has none."""
+    found = [run["metrics"].get(name) for run in runs]
+    return None if None in found else fmean(found)
 
 
 def final_loss(record: Mapping[str, Any]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer_ext.sweep_results import mean_accuracy
+from trainer_ext.sweep_results import VariantResult, mean_accuracy, mean_metric
 
 
 def _record(variant: str, rate: float, losses: list[float | None], seed: int = 0) -> dict[str, Any]:
@@ -198,3 +198,21 @@ def test_classifiers_show_their_accuracy_and_language_models_their_perplexity(
     texts = [{"metrics": {"eval_accuracy": 0.2, "eval_perplexity": 90.0}}]
     assert mean_accuracy(texts) is None
     assert mean_accuracy([{"metrics": {}}]) is None
+
+
+def test_translators_show_their_bleu(plot_results: ModuleType) -> None:
+    runs = [
+        {"options": {"learning_rate": 0.1}, "metrics": {"eval_bleu": bleu}, "variant": "a"}
+        for bleu in (20.0, 21.0)
+    ]
+    result = VariantResult(
+        name="a",
+        setting=(("learning_rate", 0.1),),
+        curve=[(10, 2.0)],
+        tried={},
+        runs=runs,
+        bleu=mean_metric(runs, "eval_bleu"),
+    )
+    table = plot_results.markdown_table([result], baseline="a")
+    assert "| BLEU |" in table.splitlines()[0]
+    assert "| 20.5 |" in table.splitlines()[2]
