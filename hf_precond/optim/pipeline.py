@@ -151,8 +151,9 @@ def split_into_cohorts(
         moment = gradient
         if stages.momentum_site == "gradient":
             moment, factor = momentum_(stages, rows.state, gradient, step)
-            # Exactly one after some hundred steps: no copy then.
-            moment = moment if factor == 1 else moment * factor
+            # One as the dtype rounds it after some hundred steps: no copy then.
+            if abs(factor - 1) > torch.finfo(moment.dtype).eps / 2:
+                moment = moment * factor
         yield Cohort(
             slots=slots,
             algorithm=algorithm,
