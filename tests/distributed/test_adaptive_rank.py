@@ -41,9 +41,9 @@ def chosen(run: Run) -> tuple[Weights, list[ViewRanks | None]]:
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        *cases(("blocks", "fsdp2"), [BLOCKS], every=NAMES),
+        *cases(["fsdp2"], [BLOCKS], every=NAMES),
         *cases(["owner"], [TWO], every=NAMES),
-        *cases(("replicated", "hsdp"), (), every=NAMES),
+        *cases(("replicated", "blocks", "hsdp"), (), every=NAMES),
     ],
 )
 def test_all_choose_what_one_process_chooses(ranks: Ranks, name: str, mode: str) -> None:

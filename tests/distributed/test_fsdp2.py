@@ -86,7 +86,7 @@ def test_dcp_takes_state_to_another_number_of_ranks(
     assert_near(found[0], alone(run), tolerance(name))
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "fsdp2-owner"])
+@pytest.mark.parametrize("mode", [pytest.param("fsdp2", marks=pytest.mark.slow), "fsdp2-owner"])
 def test_dcp_takes_state_to_more_ranks(ranks: Ranks, tmp_path: Path, mode: str) -> None:
     run = Run(name="soap", mode=mode)
     ranks.run(dcp_saved, run, tmp_path, HALF, world=2)
@@ -193,8 +193,8 @@ def test_the_harness_itself_with_a_stock_optimizer(ranks: Ranks, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "fsdp"),
     [
-        *((name, True) for name in BY_TRAINER),
-        pytest.param("b_kfac", True, marks=pytest.mark.slow),
+        *((name, True) for name in ("shared_basis_adagrad", "kfac")),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("soap", "seng", "b_kfac")),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in BY_TRAINER),
     ],
 )
@@ -219,7 +219,7 @@ def test_the_trainer_on_ranks_is_the_trainer_on_one(
     assert_equal(again[0]["weights"], found[0]["weights"])
 
 
-@pytest.mark.parametrize("kind", [FULL, SHARDED])
+@pytest.mark.parametrize("kind", [pytest.param(FULL, marks=pytest.mark.slow), SHARDED])
 @pytest.mark.parametrize(
     "name", ["shared_basis_adam", pytest.param("shampoo", marks=pytest.mark.slow)]
 )

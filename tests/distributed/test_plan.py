@@ -35,21 +35,21 @@ pytestmark = pytest.mark.distributed
 
 DTYPE = torch.float32
 CASES = [
-    ("shared_basis_adam", "replicated", 1),
+    pytest.param("shared_basis_adam", "replicated", 1, marks=pytest.mark.slow),
     ("shared_basis_adam", "replicated", 2),
-    ("shared_basis_adam", "blocks", 2),
+    pytest.param("shared_basis_adam", "blocks", 2, marks=pytest.mark.slow),
     ("shared_basis_adam", "blocks", MOST),
     ("shared_basis_adam", "fsdp2", 2),
-    ("shared_basis_adam", "fsdp2", MOST),
-    ("shared_basis_adam", "hsdp", MOST),
-    ("block_adam", "blocks", MOST),
+    pytest.param("shared_basis_adam", "fsdp2", MOST, marks=pytest.mark.slow),
+    pytest.param("shared_basis_adam", "hsdp", MOST, marks=pytest.mark.slow),
+    pytest.param("block_adam", "blocks", MOST, marks=pytest.mark.slow),
     ("soap", "replicated", 2),
-    ("soap", "owner", 2),
+    pytest.param("soap", "owner", 2, marks=pytest.mark.slow),
     ("soap", "owner", MOST),
     ("soap", "fsdp2-owner", 2),
-    ("soap", "fsdp2-owner", MOST),
-    ("soap", "fsdp2-replicated", 2),
-    ("soap", "hsdp", MOST),
+    pytest.param("soap", "fsdp2-owner", MOST, marks=pytest.mark.slow),
+    pytest.param("soap", "fsdp2-replicated", 2, marks=pytest.mark.slow),
+    pytest.param("soap", "hsdp", MOST, marks=pytest.mark.slow),
     ("kfac", "fsdp2-owner", 2),
 ]
 # K-FAC: of the tiny model's layers not all see as many positions.

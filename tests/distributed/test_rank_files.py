@@ -18,9 +18,9 @@ STEPS = 3
 AUTO = {"rank": "auto", "rank_interval": 2, "state_budget": 1.7}
 MODES = [
     ("shared_basis_adam", "fsdp2"),
-    ("shared_basis_adam", "blocks"),
-    ("block_adam", "fsdp2"),
-    ("soap", "fsdp2"),
+    pytest.param("shared_basis_adam", "blocks", marks=pytest.mark.slow),
+    pytest.param("block_adam", "fsdp2", marks=pytest.mark.slow),
+    pytest.param("soap", "fsdp2", marks=pytest.mark.slow),
     ("soap", "owner"),
 ]
 

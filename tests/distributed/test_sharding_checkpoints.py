@@ -33,8 +33,9 @@ READERS = ((2, "owner"), (3, "fsdp2"))
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        *cases(("blocks", "fsdp2"), ["shared_basis_adagrad"], every=list_optimizers()),
-        *cases(["owner"], ("soap", "kfac"), every=list_optimizers()),
+        *cases(["fsdp2"], ["shared_basis_adagrad"], every=list_optimizers()),
+        *cases(["owner"], ["kfac"], every=list_optimizers()),
+        *cases(["blocks"], (), every=list_optimizers()),
         *cases(("replicated", "fsdp2-owner"), (), every=list_optimizers()),
     ],
 )

@@ -34,6 +34,7 @@ from tests.reference.layers import (
 )
 from tests.reference.pipeline import TINY_NORM, AdamReference, Graft
 from tests.reference.table import REFERENCES
+from tests.relatives import slow_for_relatives
 from tests.suite.building import assert_same
 from trainer_ext.layers import view_rules
 
@@ -429,7 +430,7 @@ _INTERVALS: dict[str, Options] = {
 }
 
 
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
 def test_agrees_with_intervals(label: str) -> None:
     compare(tiny_gpt2_block, label, **_INTERVALS.get(label, {"update_interval": 3}))
 
@@ -445,7 +446,7 @@ def test_agrees_under_the_registered_stages(label: str, make: Make) -> None:
     compare(make, label, graft="adam", momentum="ema", momentum_site="gradient")
 
 
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
 def test_agrees_under_heavy_ball(label: str) -> None:
     compare(tiny_mlp, label, momentum="heavy_ball", momentum_site="direction")
 
@@ -453,7 +454,7 @@ def test_agrees_under_heavy_ball(label: str) -> None:
 # --- positions ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
 def test_agrees_on_padded_sequences(label: str) -> None:
     compare(padded_gpt2_block, label, micro_batches=2)
 
@@ -480,7 +481,7 @@ def test_factors_that_are_zero_but_for_rounding_are_none(label: str) -> None:
     assert moved < 1e3
 
 
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
 def test_agrees_by_head(label: str) -> None:
     """Two heads of four rows of q, k and v, and of four columns of the output."""
     outcome = compare(tiny_gpt2_block, label, attention_grouping="head")

@@ -115,9 +115,8 @@ def test_a_run_that_fails_is_a_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("kills", "half_written"), [(2, 0), pytest.param(20, 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "half_written"), [(2, 0), (20, 3)])
 def test_kills_make_no_difference(kills: int, half_written: int, tmp_path: Path) -> None:
     """At random instants of real runs; half-written checkpoints are named and passed over."""
     work = tmp_path / "runs"

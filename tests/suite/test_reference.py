@@ -13,6 +13,7 @@ from hf_precond import list_optimizers, option_specs
 from hf_precond.optim.stages import GRAFTS
 from hf_precond.views.view import ParamView, fused_rows, heads_in, rows
 from tests.reference.table import REFERENCES, references
+from tests.relatives import RELATIVES
 from tests.streams import STREAMS
 from tests.suite.building import assert_same, build, group, params_of
 
@@ -21,7 +22,8 @@ TOLERANCE = 1e-10
 # basis is completed by an iteration whose shift of 1e-8, or a root whose eps, magnifies rounding.
 DEGENERATE_TOLERANCE = 1e-6
 DEGENERATE_STREAMS = {"heavy_tailed", "rank_one", "with_zeros"}
-STEPS = 20
+# As many as show every interval of the options below at least twice.
+STEPS = 12
 
 STAGE_SETS: dict[str, dict[str, Any]] = {
     **{f"graft_{kind}": {"graft": kind} for kind in GRAFTS},
@@ -52,9 +54,6 @@ SCALES = (1e8, 1e-12)
 # some of them, and the rest with the slow tests.
 EVERY_STAGE = ("shared_basis_adagrad", "two_sided_basis", "kfac")
 SHARE_OF_STAGES = 6
-# Algorithms whose options are mostly those of another one.
-RELATIVES = ("shared_basis_adam", "rs_kfac", "sre_kfac", "b_r_kfac", "b_kfac_c", "adafacdiag_pp")
-
 
 REGULAR = {
     (3, 7): [rows((3, 7))],

@@ -38,7 +38,9 @@ def keys(checkpoint: Path) -> set[str]:
         return set(file.keys())
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", ["shared_basis_adagrad", pytest.param("muon", marks=pytest.mark.slow)]
+)
 def test_a_compiled_model_is_trained_alike(name: str, tmp_path: Path) -> None:
     """And its checkpoints are those of the model: each resumes the other's run."""
     plain = trained(tmp_path / "plain", name)

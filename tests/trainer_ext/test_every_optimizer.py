@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_precond import list_optimizers, option_specs
+from tests.relatives import slow_for_relatives
 from tests.trainer_ext.tiny import (
     NAME,
     arguments,
@@ -41,7 +42,7 @@ def optim_args(name: str) -> str:
     return ",".join(f"{key}={value}" for key, value in SMALL.items() if key in option_specs(name))
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", slow_for_relatives(list_optimizers()))
 def test_trains_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     options = {"optim": name, "optim_args": optim_args(name)}
     straight = trainer(tmp_path / "straight", **options)

@@ -128,7 +128,9 @@ def watched(folder: Path, kind: type = TrainingArguments, **changes: Any) -> Wat
     )
 
 
-@pytest.mark.parametrize("kind", [TrainingArguments, PrecondTrainingArguments])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(TrainingArguments, marks=pytest.mark.slow), PrecondTrainingArguments]
+)
 def test_the_optimizer_itself_may_be_searched(kind: type, tmp_path: Path) -> None:
     """Ours and transformers', each with hooks of its own only, and gone with its trial."""
     names = ["two_sided_basis", "kfac", "adamw_torch"]

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_precond import list_optimizers
+from tests.relatives import slow_for_relatives
 from tests.trainer_ext.test_every_optimizer import optim_args
 from tests.trainer_ext.tiny import arguments, same_weights, tiny_gpt2, token_blocks, trainer
 from trainer_ext.callbacks import our_optimizer
@@ -79,10 +80,8 @@ class Cramped(GPT2LMHeadModel):
         return super().forward(input_ids, labels=labels, **rest)
 
 
-# Each run halves the batch twice: one kind of optimizer stands for both in the daily run.
-@pytest.mark.parametrize(
-    "name", [KINDS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS[1:])]
-)
+@pytest.mark.slow  # each run halves the batch twice
+@pytest.mark.parametrize("name", KINDS)
 def test_a_batch_size_found_by_halving_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     """What was captured of the batch that was too large must not reach a step."""
     weights = tiny_gpt2().state_dict()
@@ -142,7 +141,7 @@ def test_encoder_and_decoder(name: str, tmp_path: Path) -> None:
     assert our_optimizer(run.optimizer).health()["missing_columns"] == 0
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", slow_for_relatives(list_optimizers()))
 def test_a_layer_added_later_is_trained(name: str, tmp_path: Path) -> None:
     """A new group joins with fresh state; the others keep theirs."""
     run = trainer(

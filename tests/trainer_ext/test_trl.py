@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from hf_precond.views.view import ParamView
+from tests.relatives import alternating
 from tests.trainer_ext.models import CASES
 from tests.trainer_ext.test_every_optimizer import optim_args
 from tests.trainer_ext.tiny import arguments, same_weights, tiny_gpt2
@@ -135,8 +136,7 @@ def check_faultless(run: Trainer, name: str) -> None:
         assert [entry[f"optim_{figure}"] for entry in logged] == [0] * len(logged), figure
 
 
-@each_method
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("data", "name"), alternating(DATA, METHODS))
 def test_trains_and_resumes_bit_for_bit(data: str, name: str, tmp_path: Path) -> None:
     straight = sft(tmp_path / "straight", name, data=data)
     straight.train()

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import GPT2ForSequenceClassification, Trainer
 
+from tests.relatives import alternating
 from tests.trainer_ext.test_every_optimizer import optim_args
 from tests.trainer_ext.test_trl import METHODS, check_faultless, sentences, tokenizer
 from tests.trainer_ext.tiny import arguments, same_weights, tiny_gpt2
@@ -76,8 +77,9 @@ def grpo(folder: Path, **values: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("make", [dpo, dpo_of_adapters, reward, grpo])
+@pytest.mark.parametrize(
+    ("make", "name"), alternating([dpo, dpo_of_adapters, reward, grpo], METHODS)
+)
 def test_trains_and_resumes_bit_for_bit(make: Any, name: str, tmp_path: Path) -> None:
     options = {"optim": name, "optim_args": optim_args(name)}
     straight: Trainer = make(tmp_path / "straight", **options)
