@@ -143,7 +143,8 @@ def test_tensor_parallel_kernels_train_as_one_process(ranks: Ranks, name: str, m
     assert_near(found[0], alone(run), tolerance(name))
 
 
-@pytest.mark.parametrize("mode", ["hsdp", pytest.param("tp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["hsdp", "tp"])
 def test_dcp_on_other_meshes(ranks: Ranks, tmp_path: Path, mode: str) -> None:
     run = Run(name="shared_basis_adam", mode=mode)
     world = 2 if mode == "tp" else MOST

@@ -84,6 +84,7 @@ EVERY_STEP: Options = {"update_interval": 1, "inverse_interval": 1}
 BRAND_NAMES = [label for label in KFAC if label.startswith("b_")]
 BETWEEN_POSITIONS = ("seng", "ng_plus_smw", "ng_plus_sketched")
 ONE_OF_EACH = ("kfac", "b_r_kfac", "seng", "ng_plus_per_sample")
+ALL_METHODS = slow_for_relatives(METHODS)
 
 
 # --- the reference --------------------------------------------------------------------------------
@@ -404,10 +405,11 @@ def _masked_next_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 # --- every method on every model ------------------------------------------------------------------
 
 
-def _on(every: Make, *some: Make) -> list[tuple[str, Make]]:
-    """All methods on one model, one of each family on others."""
-    return [(label, every) for label in METHODS] + [
-        (label, make) for make in some for label in ONE_OF_EACH
+def _on(every: Make, *some: Make) -> list[Any]:
+    """All methods on one model (relatives: slow), one of each family on others."""
+    return [
+        *(pytest.param(*case.values, every, marks=case.marks) for case in ALL_METHODS),
+        *((label, make) for make in some for label in ONE_OF_EACH),
     ]
 
 
@@ -430,7 +432,7 @@ _INTERVALS: dict[str, Options] = {
 }
 
 
-@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
+@pytest.mark.parametrize("label", ALL_METHODS)
 def test_agrees_with_intervals(label: str) -> None:
     compare(tiny_gpt2_block, label, **_INTERVALS.get(label, {"update_interval": 3}))
 
@@ -446,7 +448,7 @@ def test_agrees_under_the_registered_stages(label: str, make: Make) -> None:
     compare(make, label, graft="adam", momentum="ema", momentum_site="gradient")
 
 
-@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
+@pytest.mark.parametrize("label", ALL_METHODS)
 def test_agrees_under_heavy_ball(label: str) -> None:
     compare(tiny_mlp, label, momentum="heavy_ball", momentum_site="direction")
 
@@ -454,7 +456,7 @@ def test_agrees_under_heavy_ball(label: str) -> None:
 # --- positions ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
+@pytest.mark.parametrize("label", ALL_METHODS)
 def test_agrees_on_padded_sequences(label: str) -> None:
     compare(padded_gpt2_block, label, micro_batches=2)
 
@@ -481,7 +483,7 @@ def test_factors_that_are_zero_but_for_rounding_are_none(label: str) -> None:
     assert moved < 1e3
 
 
-@pytest.mark.parametrize("label", slow_for_relatives(METHODS))
+@pytest.mark.parametrize("label", ALL_METHODS)
 def test_agrees_by_head(label: str) -> None:
     """Two heads of four rows of q, k and v, and of four columns of the output."""
     outcome = compare(tiny_gpt2_block, label, attention_grouping="head")
@@ -531,7 +533,7 @@ _VARIANTS: dict[str, tuple[str, Options]] = {
 }
 
 
-@pytest.mark.parametrize("make", [tiny_mlp, tiny_gpt2_block])
+@pytest.mark.parametrize("make", [tiny_mlp, pytest.param(tiny_gpt2_block, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", _VARIANTS)
 def test_agrees_under_its_own_options(variant: str, make: Make) -> None:
     label, options = _VARIANTS[variant]
