@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-# Mostly another one's code, with other options.
+# Mostly another one's code, with other options: that of shared_basis_adagrad, rs_kfac, b_kfac (two
+# of them), adadiag and adafacdiag.
 RELATIVES = frozenset(
-    {"shared_basis_adam", "rs_kfac", "sre_kfac", "b_r_kfac", "b_kfac_c", "adadiag_pp"}
-    | {"adafacdiag", "adafacdiag_pp"}
+    ("shared_basis_adam", "sre_kfac", "b_r_kfac", "b_kfac_c", "adadiag_pp", "adafacdiag_pp")
 )
 
 
@@ -22,7 +22,7 @@ def slow_for_relatives(names: Iterable[str]) -> list[Any]:
 
 
 def alternating(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
-    """Test parameters: all pairs, those slow in which not one of each changes with the other."""
+    """Test parameters: all pairs. The second takes turns with the first; other pairs are slow."""
     others = list(second)
     return [
         pytest.param(one, other, marks=pytest.mark.slow if (row + column) % len(others) else ())

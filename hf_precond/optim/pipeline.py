@@ -151,9 +151,8 @@ def split_into_cohorts(
         moment = gradient
         if stages.momentum_site == "gradient":
             moment, factor = momentum_(stages, rows.state, gradient, step)
-            # One as the dtype rounds it after some hundred steps: no copy then.
-            if abs(factor - 1) > torch.finfo(moment.dtype).eps / 2:
-                moment = moment * factor
+            # Exactly one after some hundred steps: no copy then.
+            moment = moment if factor == 1 else moment * factor
         yield Cohort(
             slots=slots,
             algorithm=algorithm,

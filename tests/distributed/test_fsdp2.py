@@ -161,6 +161,7 @@ def test_dcp_on_other_meshes(ranks: Ranks, tmp_path: Path, mode: str) -> None:
 
 # Under FSDP2 rows that are spread, gathered matrices, and layers that are hooked.
 BY_TRAINER = ("shared_basis_adagrad", "soap", "kfac", "seng")
+EVERY_DAY = ("shared_basis_adagrad", "kfac")
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 
 
@@ -194,9 +195,9 @@ def test_the_harness_itself_with_a_stock_optimizer(ranks: Ranks, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "fsdp"),
     [
-        *((name, True) for name in ("shared_basis_adagrad", "kfac")),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("soap", "seng", "b_kfac")),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in BY_TRAINER),
+        pytest.param(name, fsdp, marks=() if fsdp and name in EVERY_DAY else pytest.mark.slow)
+        for fsdp, names in ((True, (*BY_TRAINER, "b_kfac")), (False, BY_TRAINER))
+        for name in names
     ],
 )
 def test_the_trainer_on_ranks_is_the_trainer_on_one(

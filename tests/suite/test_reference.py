@@ -22,7 +22,7 @@ TOLERANCE = 1e-10
 # basis is completed by an iteration whose shift of 1e-8, or a root whose eps, magnifies rounding.
 DEGENERATE_TOLERANCE = 1e-6
 DEGENERATE_STREAMS = {"heavy_tailed", "rank_one", "with_zeros"}
-# As many as show every interval of the options below at least twice.
+# Those after an algorithm's first: as many as the longest interval of the options below, and two.
 STEPS = 12
 
 STAGE_SETS: dict[str, dict[str, Any]] = {
@@ -72,15 +72,17 @@ def _parameters(views: dict[Any, list[ParamView]]) -> dict[str, Any]:
     return group(params, list(views.values()))
 
 
-def _gradients(stream: str, params: list[Tensor], scale: float) -> list[list[Tensor]]:
+def _gradients(
+    stream: str, params: list[Tensor], scale: float, num_steps: int
+) -> list[list[Tensor]]:
     """One list of gradients per step."""
     per_param = [
-        scale * STREAMS[stream](STEPS, (1, len(param), param[0].numel()), seed=seed)
+        scale * STREAMS[stream](num_steps, (1, len(param), param[0].numel()), seed=seed)
         for seed, param in enumerate(params)
     ]
     return [
         [grads[step].view_as(param) for grads, param in zip(per_param, params, strict=True)]
-        for step in range(STEPS)
+        for step in range(num_steps)
     ]
 
 
@@ -102,7 +104,9 @@ def check_agreement(
     optimizer = build(name, [_parameters(views)], lr=0.5, weight_decay=0.1, **options)
     expected = references(optimizer)
     params = params_of(optimizer)
-    for step, grads in enumerate(_gradients(stream, params, gradient_scale), start=1):
+    num_steps = STEPS + optimizer.recipe.stages.start_step - 1
+    gradients = _gradients(stream, params, gradient_scale, num_steps)
+    for step, grads in enumerate(gradients, start=1):
         for param, grad, reference in zip(params, grads, expected, strict=True):
             param.grad = grad
             reference.step(grad)

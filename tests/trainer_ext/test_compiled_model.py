@@ -39,7 +39,8 @@ def keys(checkpoint: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["shared_basis_adagrad", pytest.param("muon", marks=pytest.mark.slow)]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "muon" else ()) for name in OPTIONS],
 )
 def test_a_compiled_model_is_trained_alike(name: str, tmp_path: Path) -> None:
     """And its checkpoints are those of the model: each resumes the other's run."""
