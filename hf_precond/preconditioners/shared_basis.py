@@ -56,8 +56,8 @@ from torch.nn import functional as F
 
 from hf_precond.linalg.eigen import eigh, eigvalsh
 from hf_precond.linalg.subspace import (
+    cholesky_qr,
     extended_basis,
-    orthonormal,
     random_basis,
     top_ritz_basis,
 )
@@ -436,7 +436,7 @@ class SharedBasis:
             shift = 1e-8 if columns.dtype == torch.float64 else 1e-6
             keep = (trace_A == 0)[:, None, None]
             product = product / nonzero(trace_A)[:, None, None] + shift * columns
-            columns, projected = torch.where(keep, columns, orthonormal(product)), None
+            columns, projected = torch.where(keep, columns, cholesky_qr(product)), None
         if columns.shape[-1] > rank:
             (product,) = yield SumOverBlocks((a.times(columns),))
             columns = torch.where(keep, columns, top_ritz_basis(columns, product))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.eigen import eigvalsh
-from hf_precond.linalg.subspace import orthonormal
+from hf_precond.linalg.subspace import orthonormal, times_thin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Moments:
         gy = self.project(y_GBL) if gy is None else gy
         small = a**2 * (self.coef_sq @ inner) + a * c * (self.z.mT @ gy)
         mixed = a * c * (self.z @ inner) + c**2 * (self.norm_sq.unsqueeze(-1) * gy)
-        return self.basis @ small + self.g.mT @ mixed / self.scale.sqrt()
+        return self.basis @ small + times_thin(self.g.mT, mixed) / self.scale.sqrt()
 
     def project(self, y_GBL: Tensor) -> Tensor:
         """y^T g_i ``[G, M, L]`` in units of the root of ``scale``."""
@@ -95,7 +95,7 @@ class Gram:
 
     def times(self, y_GBL: Tensor, _: Tensor | None = None) -> Tensor:
         """X^T X y for thin y ``[G, B, L]``, in 4 m b L flops."""
-        return self.x.mT @ (self.x @ y_GBL)
+        return times_thin(self.x.mT, self.x @ y_GBL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

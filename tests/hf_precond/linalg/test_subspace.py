@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+from math import log10
+
+import pytest
 import torch
 
-from hf_precond.linalg.subspace import orthonormal, random_basis, top_ritz_basis
+from hf_precond.linalg.subspace import (
+    cholesky_qr,
+    gram_iteration,
+    orthonormal,
+    positive_qr,
+    random_basis,
+    times_thin,
+    top_ritz_basis,
+)
 
 TOLERANCE = 1e-12
 CPU = torch.device("cpu")
@@ -43,3 +54,55 @@ def test_ritz_vectors_are_ordered_and_diagonalise_within_the_subspace() -> None:
         projected, torch.diag_embed(values), rtol=TOLERANCE, atol=TOLERANCE * 100
     )
     torch.testing.assert_close(y @ (y.mT @ ritz), ritz, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e10])
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_cholesky_qr_is_qr_with_a_positive_diagonal(condition: float, rank: int) -> None:
+    left = orthonormal(torch.randn(2, 160, rank, dtype=torch.float64))
+    right = orthonormal(torch.randn(2, rank, rank, dtype=torch.float64))
+    x = (left * torch.logspace(0, -log10(condition), rank, dtype=torch.float64)) @ right.mT
+    x = x.float()
+    q = cholesky_qr(x)
+    assert q.dtype == torch.float32
+    assert_orthonormal(q, 1e-6)
+    upper = q.double().mT @ x.double()
+    torch.testing.assert_close(upper.tril(-1), torch.zeros_like(upper), rtol=0, atol=1e-7)
+    assert (upper.diagonal(dim1=-2, dim2=-1) > 0).all()
+    if condition <= 1e3:
+        torch.testing.assert_close(q.double(), positive_qr(x.double())[0], rtol=0, atol=1e-6)
+
+
+def test_cholesky_qr_does_not_mind_columns_of_different_size() -> None:
+    x = torch.randn(3, 200, 6) * torch.tensor([1e8, 1.0, 1e-6, 1e4, 1e-2, 1e2])
+    assert_orthonormal(cholesky_qr(x), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 160, 8), (2, 9, 8)], ids=["tall", "square"])
+def test_cholesky_qr_takes_reflections_for_float64_and_few_rows(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    assert torch.equal(cholesky_qr(x), positive_qr(x)[0])
+    few = torch.randn(2, 9, 8)
+    assert torch.equal(cholesky_qr(few), positive_qr(few)[0])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_times_thin_is_a_product(transposed: bool) -> None:
+    x = torch.randn(2, 12, 30, dtype=torch.float64)
+    x = x.mT if transposed else x
+    y = torch.randn(2, x.shape[-1], 3, dtype=torch.float64)
+    torch.testing.assert_close(times_thin(x, y), x @ y, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gram_iteration_finds_the_leading_directions_in_any_dtype(dtype: torch.dtype) -> None:
+    left, right = (orthonormal(torch.randn(1, size, 6, dtype=torch.float64)) for size in (80, 90))
+    values = torch.tensor([9.0, 8.0, 7.0, 0.5, 0.2, 0.1], dtype=torch.float64)
+    x = ((left * values) @ right.mT).to(dtype)
+    basis = random_basis(90, 3, seed=0, dtype=dtype, device=CPU).expand(1, 90, 3)
+    for _ in range(10):
+        basis = gram_iteration(x, basis)
+    assert_orthonormal(basis, 1e-6)
+    inside = (basis.mT @ right[..., :3].to(dtype)).square().sum()
+    torch.testing.assert_close(inside, torch.tensor(3.0, dtype=dtype), rtol=1e-5, atol=0)
+    assert torch.equal(gram_iteration(torch.zeros_like(x), basis), basis)
