@@ -8,6 +8,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.norms import norms
 from hf_precond.optim.capture import Capture, LayerInputError
 from hf_precond.optim.faults import Faults
 from hf_precond.optim.laid_out import LaidOut
@@ -31,9 +32,9 @@ def ready_gradients(
     uneven: set[int] = set()
     alone = capture.alone()
     if laid.ranks.sharding is None:
-        norms = gradient_norms(gradients, alone, recipe, laid.device)
+        lengths = gradient_norms(gradients, alone, recipe, laid.device)
     else:
-        norms, uneven = laid.ranks.sharding.norms(gradients)
+        lengths, uneven = laid.ranks.sharding.norms(gradients)
     for index in alone:
         param = laid.params[index]
         gradients[index] = param.new_zeros(()).expand(param.shape)
@@ -42,10 +43,10 @@ def ready_gradients(
         what = "has a gradient on some ranks only, step left out"
         faults.count(sorted(uneven), "skipped_nonfinite", what, FloatingPointError)
     if recipe.numerics.skip_nonfinite and gradients:
-        _drop_nonfinite(gradients, norms, recipe.numerics.dtype, faults)
+        _drop_nonfinite(gradients, lengths, recipe.numerics.dtype, faults)
         faults.clear(gradients, "skipped_nonfinite")
     _drop_parted(gradients, laid, faults)
-    clip_gradients(gradients, norms, alone, recipe, capture)
+    clip_gradients(gradients, lengths, alone, recipe, capture)
     return gradients
 
 
@@ -62,14 +63,13 @@ def gradient_norms(
     """
     if not (recipe.numerics.skip_nonfinite or recipe.stages.max_grad_norm is not None):
         return {}
-    found = torch._foreach_norm(list(gradients.values())) if gradients else ()
-    norms = dict(zip(gradients, found, strict=True)) | dict(alone)
-    return {index: norm.to(device, recipe.numerics.dtype) for index, norm in norms.items()}
+    found = dict(zip(gradients, norms(list(gradients.values())), strict=True)) | dict(alone)
+    return {index: norm.to(device, recipe.numerics.dtype) for index, norm in found.items()}
 
 
 def clip_gradients(
     gradients: Mapping[int, Tensor],
-    norms: Mapping[int, Tensor],
+    lengths: Mapping[int, Tensor],
     alone: Mapping[int, Tensor],
     recipe: Recipe,
     capture: Capture,
@@ -78,7 +78,7 @@ def clip_gradients(
     limit = recipe.stages.max_grad_norm
     if limit is None or not gradients:
         return
-    total = torch.linalg.vector_norm(torch.stack([norms[index] for index in gradients]))
+    total = torch.linalg.vector_norm(torch.stack([lengths[index] for index in gradients]))
     # The small number is torch's.
     factor = (limit / (total + 1e-6)).clamp(max=1)
     formed = [local(grad) for index, grad in gradients.items() if index not in alone]
@@ -104,17 +104,17 @@ def _present(laid: LaidOut) -> dict[int, Tensor]:
 
 
 def _drop_nonfinite(
-    gradients: dict[int, Tensor], norms: Mapping[int, Tensor], dtype: torch.dtype, faults: Faults
+    gradients: dict[int, Tensor], lengths: Mapping[int, Tensor], dtype: torch.dtype, faults: Faults
 ) -> None:
     """Leaves out gradients that are not finite, at the cost of one host sync."""
-    found = torch.stack([norms[index] for index in gradients])
+    found = torch.stack([lengths[index] for index in gradients])
     good = found <= _largest_norm(dtype)  # not a NaN
     if bool(good.all()):
         return
     flags = zip(list(gradients), good.tolist(), strict=True)
     for index in [index for index, fits in flags if not fits]:
         del gradients[index]
-        what = "too large to be squared" if isfinite(float(norms[index])) else "not finite"
+        what = "too large to be squared" if isfinite(float(lengths[index])) else "not finite"
         what = f"gradient is {what}, step left out"
         faults.count([index], "skipped_nonfinite", what, FloatingPointError)
 

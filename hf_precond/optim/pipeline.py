@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.eigen import DecompositionError
+from hf_precond.linalg.norms import group_squares
 from hf_precond.optim.banks import Bank, BankRows
 from hf_precond.optim.comm import Comm
 from hf_precond.optim.faults import Faults
@@ -187,7 +188,7 @@ def _precondition(cohorts: Sequence[Cohort], norms: Sequence[tuple[Tensor, Tenso
             continue
         cohort.direction = cohort.algorithm.apply(cohort.state, moment, cohort.ctx)
         if partner is not None:
-            cohort.graft_sq = _group_squares(partner)
+            cohort.graft_sq = group_squares(partner)
 
 
 @dataclass(slots=True)
@@ -258,7 +259,7 @@ def _graft(cohorts: Sequence[Cohort], scope: Scope, health: Health) -> None:
     grafted = [(c, c.graft_sq) for c in cohorts if c.graft_sq is not None]
     members = [cohort for cohort, _ in grafted]
     wanted_sq = [squares for _, squares in grafted]
-    own_sq = [_group_squares(c.direction) for c in members]
+    own_sq = [group_squares(c.direction) for c in members]
     kind = scope.stages.graft_scope
     wanted, own = _norms(members, [wanted_sq, own_sq], kind, scope)
     for cohort, target, norm in zip(members, wanted, own, strict=True):
@@ -276,7 +277,7 @@ def _clip(
     clipped = [cohort for cohort in cohorts if cohort.stages.clip_mode != "none"]
     limit = scope.stages.clip_limit
     if scope.stages.clip_mode == "update_rms":
-        squares = [_group_squares(cohort.direction) for cohort in clipped]
+        squares = [group_squares(cohort.direction) for cohort in clipped]
         norms, counts = _norms(clipped, [squares, _sizes(clipped)], "parameter", scope)
         counts = [count.square() for count in counts]
         ratios = [
@@ -316,11 +317,11 @@ def _graft_input_norms(cohorts: Sequence[Cohort], scope: Scope) -> list[tuple[Te
     if not scope.stages.graft_normalizes:
         one = scope.like.new_ones(())
         return [(one, one) for _ in cohorts]
-    squares = [_group_squares(cohort.gradient) for cohort in cohorts]
+    squares = [group_squares(cohort.gradient) for cohort in cohorts]
     if scope.stages.momentum_site == "direction":
         (norms,) = _norms(cohorts, [squares], "parameter", scope)
         return list(zip(norms, norms, strict=True))
-    of_moments = [_group_squares(cohort.direction) for cohort in cohorts]
+    of_moments = [group_squares(cohort.direction) for cohort in cohorts]
     norms, moment_norms = _norms(cohorts, [squares, of_moments], "parameter", scope)
     return list(zip(norms, moment_norms, strict=True))
 
@@ -344,8 +345,3 @@ def _norms(
     return [
         [total[index].sqrt()[:, None, None] for index in indices] for total in scope.sum(totals)
     ]
-
-
-def _group_squares(x_GMB: Tensor) -> Tensor:
-    """Sum of squares of each group, ``[G]``."""
-    return torch.linalg.vector_norm(x_GMB, dim=(-2, -1)).square()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.norms import norms
 from hf_precond.optim.comm import Comm, world_group
 from hf_precond.optim.work import EXCHANGED, GATHERED, HERE, Home, Share, Work
 from hf_precond.views.plan import Slot
@@ -119,13 +120,12 @@ class Sharding:
         figures = torch.zeros(2, count, dtype=torch.float64, device=device)
         if gradients:
             index = torch.tensor(list(gradients), device=device)
-            norms = torch.stack(
-                [n.double() for n in torch._foreach_norm([local(g) for g in gradients.values()])]
-            )
+            here = norms([local(gradient) for gradient in gradients.values()])
+            squares = torch.stack([norm.double() for norm in here]).square()
             # What all ranks have counts once.
             parts = [1.0 if self.homes[i].ranges else 1.0 / size for i in gradients]
             weights = torch.tensor(parts, dtype=torch.float64, device=device)
-            figures[0, index] = norms.square() * weights
+            figures[0, index] = squares * weights
             figures[1, index] = 1.0
         (figures,) = self.comm.sum([figures])
         present = figures[1].tolist()

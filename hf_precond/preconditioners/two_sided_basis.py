@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.fused import fused
+from hf_precond.linalg.norms import group_squares
 from hf_precond.linalg.subspace import extended_basis, gram_iteration, random_basis
 from hf_precond.preconditioners.base import (
     FromOneRank,
@@ -125,7 +126,7 @@ class TwoSidedBasis:
         direction.baddbmm_(*_side_by_side(out_basis, out, into, in_basis))
         if self.update_rms is None:
             return direction.mul_(correction)
-        norm = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True)
+        norm = group_squares(direction).sqrt()[:, None, None]
         return direction.mul_(self.update_rms * direction[0].numel() ** 0.5 / nonzero(norm))
 
     # -- another rank --
