@@ -1,5 +1,6 @@
 """Preconditioned optimizers for PyTorch: ``trainer_ext`` brings them to Hugging Face's Trainer."""
 
+from hf_precond.host_memory import keep_freed_memory
 from hf_precond.named import (
     BKFAC,
     BKFACC,
@@ -65,6 +66,7 @@ __all__ = [
     "TwoSidedBasis",
     "__version__",
     "create_optimizer",
+    "keep_freed_memory",
     "list_optimizers",
     "optimizer_info",
     "option_specs",

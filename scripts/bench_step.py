@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hf_precond import PreconditionedOptimizer
+from hf_precond import PreconditionedOptimizer, keep_freed_memory
 from hf_precond.preconditioners.base import layer_needs
 from trainer_ext.arguments import parse_optim_args
 from trainer_ext.build import build_optimizer
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark, prints the table and writes the files."""
     args = parse_arguments(argv)
     device = torch.device(args.device)
+    keep_freed_memory()  # as the Trainer's extension does; it is to the benefit of all
     with one_line_errors():
         contenders, left_out = build_contenders(args, device)
     if args.profile is not None:

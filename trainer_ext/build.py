@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from hf_precond import explain
+from hf_precond.host_memory import keep_freed_memory
 from hf_precond.optim.flat_parameters import check_model_not_flat, flat_message
 from hf_precond.optim.optimizer import PreconditionedOptimizer
 from hf_precond.optim.options import Recipe
@@ -185,6 +186,8 @@ def optimizer_cls_and_kwargs(
             f"optim_target_modules = {args.optim_target_modules!r} matches no layer "
             f"that {name} can precondition"
         )
+    if args.device.type == "cpu":
+        keep_freed_memory()
     kwargs = {
         "layout": layout,
         "recipe": recipe,
