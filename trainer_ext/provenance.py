@@ -47,10 +47,23 @@ def shown_options(args: argparse.Namespace) -> list[str]:
 
 
 def git_revision(folder: Path) -> str:
-    """The commit, marked `-dirty` where tracked files differ from it; `unknown` without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    """The commit, marked `-dirty` where tracked files differ from it; `unknown` without git.
+
+    What `results/` holds decides no run: a sweep that adds to a file there stays clean.
+    """
+    revision = _git(folder, "rev-parse", "HEAD")
+    others = ("--", ":/", ":(top,exclude)results")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", *others)
+    return (revision or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints; nothing where it fails or is not there."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def package_versions() -> dict[str, str]:
