@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Lets this process keep memory that tensors on the CPU have given back.
 
     glibc returns blocks of some megabytes to the system as soon as they are free. An optimizer step
-    on a CPU frees several of that size for each layer, and a tenth to a fifth of its time goes to
-    having them mapped anew. From now on blocks of up to 32 MiB stay, 256 MiB of them at most.
+    on a CPU frees several of that size for each layer, and has to have them mapped anew for the
+    next one, page by page. From now on blocks of up to 32 MiB stay, 256 MiB of them at most.
 
     This is a setting of the whole process, so no optimizer makes it: ``trainer_ext`` does where the
     Trainer trains on a CPU, and a loop of one's own calls this once.
