@@ -158,6 +158,8 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[type[PreconditionedOptimizer], dict[str, Any]]:
     """Returns the class and keyword arguments that the Trainer builds the optimizer from.
 
+    On a CPU the process is told to keep freed memory, see :func:`hf_precond.keep_freed_memory`.
+
     Raises:
         ValueError: no model, a bad ``optim_args``, DeepSpeed or FSDP version 1, several GPUs in one
             process for a method that looks inside the layers, or no target module that matches.

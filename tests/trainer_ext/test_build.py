@@ -137,6 +137,18 @@ def test_no_model(tmp_path: Path) -> None:
         Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path))
 
 
+@pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("cuda", 0)])
+def test_freed_memory_is_kept_on_cpus(
+    device: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(build, "keep_freed_memory", lambda: calls.append("kept"))
+    args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "device", torch.device(device))
+    build.optimizer_cls_and_kwargs(args, tiny_gpt2())
+    assert len(calls) == times
+
+
 def test_deepspeed_is_refused(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     args.distributed_state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
