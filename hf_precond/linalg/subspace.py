@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_precond.linalg.eigen import DecompositionError, eigh
 
@@ -158,18 +159,38 @@ def fix_signs(columns: Tensor) -> Tensor:
     return torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
-def gram_iteration(x_NB: Tensor, basis: Tensor) -> Tensor:
-    """One step of orthogonal iteration on X^T X, never formed, from a basis ``[..., B, K]``.
+def singular_iteration(x_NB: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration for the leading singular vectors of both sides.
 
-    Shifted as :func:`orthogonal_iteration` by a share of the trace, that inside of the basis. A
-    zero X, or one with nothing inside, keeps the basis.
+    left <- qr(x right), right <- qr(x^T left): two products with x, and the same right basis as
+    that of an iteration on x^T x, which would take them for one side alone. So it begins on the
+    right, or on the left where that basis is the smaller one: with fewer columns it is whole and
+    sees all of x, with fewer rows it makes transposing x change nothing.
+
+    Shifted by a millionth, or what is zero would leave its part of a basis to rounding. Where
+    nothing of x is inside, the bases stay.
+
+    Args:
+        left: ``[..., N, L]``.
+        right: ``[..., B, K]``.
     """
-    seen = times_thin(x_NB, basis)
-    trace = seen.square().sum((-2, -1), keepdim=True)
+    if (left.shape[-1], left.shape[-2]) < (right.shape[-1], right.shape[-2]):
+        right, left = singular_iteration(x_NB.mT, right, left)
+        return left, right
+    more = left.shape[-1] - right.shape[-1]
+    left, moved = _towards(F.pad(times_thin(x_NB, right), (0, more)), left)
+    across = times_thin(x_NB.mT, left[..., : right.shape[-1]])
+    return left, torch.where(moved, _towards(across, right)[0], right)
+
+
+def _towards(product: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The orthonormal basis of a product, and where there is one; else the basis from before."""
+    size = product.square().sum((-2, -1), keepdim=True).sqrt_()
+    found = size > 0
     shift = 1e-8 if basis.dtype == torch.float64 else 1e-6
-    unit = torch.where(trace > 0, trace, torch.ones_like(trace))
-    product = times_thin(x_NB.mT, seen / unit).add(basis, alpha=shift)
-    return torch.where(trace > 0, cholesky_qr(product), basis)
+    unit = torch.where(found, size, torch.ones_like(size))
+    turned = cholesky_qr((product / unit).add_(basis, alpha=shift))
+    return torch.where(found, turned, basis), found
 
 
 def times_thin(x_NB: Tensor, y_BK: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ and of the memory of Adam. Bases of unit vectors leave Adam; full rank is Adam i
 
 The bases follow the singular vectors of what is to be preconditioned, with momentum before the
 preconditioner (``momentum_site="gradient"``) the averaged gradient M: one step of orthogonal
-iteration, Q <- qr(M^T M Q), P <- qr(M M^T P), at every ``update_interval``. Bases of an average of
+iteration, P <- qr(M Q), Q <- qr(M^T P), at every ``update_interval``. Bases of an average of
 G^T G, which change more slowly, train worse (docs/two_sided_basis.md). The second moments are those
 of the gradient itself and are carried over unturned, as in SOAP.
 
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hf_precond.linalg.fused import fused
 from hf_precond.linalg.norms import group_squares
-from hf_precond.linalg.subspace import extended_basis, gram_iteration, random_basis
+from hf_precond.linalg.subspace import extended_basis, random_basis, singular_iteration
 from hf_precond.preconditioners.base import (
     FromOneRank,
     NewState,
@@ -107,8 +107,9 @@ class TwoSidedBasis:
         out_basis, in_basis = state["out_basis"], state["in_basis"]
         if ctx.due(self.update_interval):
             followed = g_GMB if ctx.moment is None else ctx.moment
-            (out_basis,) = yield FromOneRank((gram_iteration(followed.mT, out_basis),))
-            (in_basis,) = yield FromOneRank((gram_iteration(followed, in_basis),))
+            out_basis, in_basis = yield FromOneRank(
+                singular_iteration(followed, out_basis, in_basis)
+            )
             new = NewState(out_basis=out_basis, in_basis=in_basis)
         for name, part in zip(_SQUARES, _split(g_GMB, out_basis, in_basis), strict=True):
             new[name] = SquaresTakenIn(x=part, decay=self.beta2, weight=1 - self.beta2)

@@ -41,9 +41,13 @@ class TwoSidedBasisReference:
 
     def follow(self, moment: Tensor) -> None:
         """Turns the bases, when due, towards the singular vectors of what is preconditioned."""
-        if self.step % self.update_interval == 0:
-            self.out_basis = _iterated(moment @ moment.T, self.out_basis)
-            self.in_basis = _iterated(moment.T @ moment, self.in_basis)
+        if self.step % self.update_interval != 0:
+            return
+        p, q = self.out_basis, self.in_basis
+        if (p.shape[1], p.shape[0]) < (q.shape[1], q.shape[0]):
+            self.in_basis, self.out_basis = _iterated(moment.T, q, p)
+        else:
+            self.out_basis, self.in_basis = _iterated(moment, p, q)
 
     def update(self, grads: Tensor) -> None:
         """Takes the gradient [m, b] of one step into the second moments."""
@@ -73,20 +77,26 @@ class TwoSidedBasisReference:
         return [p.T @ x @ q, p.T @ x @ in_rest, out_rest @ x @ q, out_rest @ x @ in_rest]
 
 
-def _iterated(a: Tensor, basis: Tensor) -> Tensor:
-    """Q of (A + shift) basis, by Gram and Schmidt: the diagonal of R is positive."""
-    if not a.any():
-        return basis
-    trace = (basis.T @ a @ basis).trace()
-    if trace == 0:
-        return basis
-    columns: list[Tensor] = []
-    for y in (a @ basis / trace + SHIFT * basis).T:
+def _iterated(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """left from x right, then right from x^T left; columns that are too many begin as zero."""
+    seen = torch.zeros_like(left)
+    seen[:, : right.shape[1]] = x @ right
+    if not seen.any():
+        return left, right
+    left = _gram_schmidt(seen / seen.norm() + SHIFT * left)
+    back = x.T @ left[:, : right.shape[1]]
+    return left, _gram_schmidt(back / back.norm() + SHIFT * right)
+
+
+def _gram_schmidt(columns: Tensor) -> Tensor:
+    """The Q of a QR decomposition whose R has a positive diagonal."""
+    found: list[Tensor] = []
+    for y in columns.T:
         for _ in range(3):  # again and again, until it is orthogonal in all digits
-            for column in columns:
+            for column in found:
                 y = y - column * (column @ y)
-        columns.append(y / y.norm())
-    return torch.stack(columns, dim=1)
+        found.append(y / y.norm())
+    return torch.stack(found, dim=1)
 
 
 def _build(options: Options, shape: tuple[int, int]) -> TwoSidedBasisReference:

@@ -81,7 +81,7 @@ def test_equivariant_under_rotations_where_nothing_is_left_to_coordinates() -> N
     assert_near(left.T @ turned @ right.T, directions(grads, *bases), 1e-7)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5)])
 def test_transposed_gradients_and_bases_give_the_transposed_direction(shape: Shape) -> None:
     grads = random_matrices(STEPS, *shape)
     bases = [random_rotation(size, seed=size)[:, :2] for size in shape]

@@ -7,10 +7,10 @@ import torch
 
 from hf_precond.linalg.subspace import (
     cholesky_qr,
-    gram_iteration,
     orthonormal,
     positive_qr,
     random_basis,
+    singular_iteration,
     times_thin,
     top_ritz_basis,
 )
@@ -95,14 +95,34 @@ def test_times_thin_is_a_product(transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gram_iteration_finds_the_leading_directions_in_any_dtype(dtype: torch.dtype) -> None:
-    left, right = (orthonormal(torch.randn(1, size, 6, dtype=torch.float64)) for size in (80, 90))
-    values = torch.tensor([9.0, 8.0, 7.0, 0.5, 0.2, 0.1], dtype=torch.float64)
-    x = ((left * values) @ right.mT).to(dtype)
-    basis = random_basis(90, 3, seed=0, dtype=dtype, device=CPU).expand(1, 90, 3)
+@pytest.mark.parametrize(
+    ("size", "columns"), [((80, 90), (3, 3)), ((3, 90), (3, 5)), ((80, 4), (6, 4))], ids=str
+)
+def test_singular_iteration_finds_the_leading_directions_of_both_sides(
+    size: tuple[int, int], columns: tuple[int, int], dtype: torch.dtype
+) -> None:
+    number = min(6, *size)
+    sides = [orthonormal(torch.randn(1, rows, number, dtype=torch.float64)) for rows in size]
+    values = torch.tensor([9.0, 8.0, 7.0, 0.5, 0.2, 0.1], dtype=torch.float64)[:number]
+    x = ((sides[0] * values) @ sides[1].mT).to(dtype)
+    left, right = (
+        random_basis(rows, width, seed=0, dtype=dtype, device=CPU).expand(1, rows, width)
+        for rows, width in zip(size, columns, strict=True)
+    )
     for _ in range(10):
-        basis = gram_iteration(x, basis)
-    assert_orthonormal(basis, 1e-6)
-    inside = (basis.mT @ right[..., :3].to(dtype)).square().sum()
-    torch.testing.assert_close(inside, torch.tensor(3.0, dtype=dtype), rtol=1e-5, atol=0)
-    assert torch.equal(gram_iteration(torch.zeros_like(x), basis), basis)
+        left, right = singular_iteration(x, left, right)
+    for basis, side in zip((left, right), sides, strict=True):
+        assert_orthonormal(basis, 1e-6)
+        inside = (basis.mT @ side[..., :3].to(dtype)).square().sum()
+        torch.testing.assert_close(inside, torch.tensor(3.0, dtype=dtype), rtol=1e-5, atol=0)
+    kept = singular_iteration(torch.zeros_like(x), left, right)
+    assert torch.equal(kept[0], left)
+    assert torch.equal(kept[1], right)
+
+
+def test_singular_iteration_goes_the_way_of_an_iteration_on_the_gram_matrix() -> None:
+    x = torch.randn(2, 30, 20, dtype=torch.float64)
+    left, right = (orthonormal(torch.randn(2, n, 4, dtype=torch.float64)) for n in (30, 20))
+    _, found = singular_iteration(x, left, right)
+    expected = positive_qr(x.mT @ (x @ right))[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

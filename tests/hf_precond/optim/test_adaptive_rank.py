@@ -307,7 +307,7 @@ def test_ranks_go_where_the_spectrum_is_long_within_the_budget(name: str) -> Non
         assert held(optimizer) == steps + sum(row.state_bytes for row in optimizer.plan())
     assert planned <= 2.0 * adamw_bytes(model)
     assert optimizer.health()["mean_rank"] == pytest.approx(sum(seen[-1]) / len(seen[-1]))
-    assert seen[0] != first
+    assert seen[1] != first
     _, falling, flat = seen[-1]
     assert falling > max(first[0], flat)
 
@@ -327,7 +327,7 @@ def test_without_a_budget_the_default_rank_is_shared_out() -> None:
 def test_goes_on_bit_for_bit(name: str, through: str) -> None:
     model = Model()
     optimizer = build(name, model)
-    take(model, optimizer, range(6))
+    take(model, optimizer, range(10))
     weights = copy.deepcopy(model.state_dict())
     other_model = Model()
     other = build(name, other_model)
@@ -341,8 +341,8 @@ def test_goes_on_bit_for_bit(name: str, through: str) -> None:
         other_model, other = pair
     assert ranks_of(other) == ranks_of(optimizer)
     other_model.load_state_dict(weights)
-    take(model, optimizer, range(6, 14))
-    take(other_model, other, range(6, 14))
+    take(model, optimizer, range(10, 18))
+    take(other_model, other, range(10, 18))
     assert ranks_of(other) == ranks_of(optimizer)
     for one, two in zip(model.parameters(), other_model.parameters(), strict=True):
         assert torch.equal(one, two)
