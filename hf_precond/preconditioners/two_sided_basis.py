@@ -10,6 +10,11 @@ and each part has Adam's second moment in its own coordinates. So the few direct
 scaled one by one, as in SOAP, and what is left per weight, as in Adam, at the cost of thin products
 and of the memory of Adam. Bases of unit vectors leave Adam; full rank is Adam in the bases.
 
+Scaled per weight, E is mostly noise of one size, whose singular values grow with the root of the
+matrix's sides and soon outweigh C, whose directions have about one each. So E is brought down to
+``tail_ratio`` times the size of C, both as root mean squares over singular values: as in Muon, no
+direction counts for much more than another.
+
     P    out_basis [G, M, L]        Q    in_basis [G, B, K]      L = min(rank, M), K = min(rank, B)
     C^2  core_sq   [G, L, K]        O^2  out_sq   [G, L, B]
     I^2  in_sq     [G, M, K]        E^2  tail_sq  [G, M, B]
@@ -56,6 +61,8 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 _SQUARES = ("core_sq", "out_sq", "in_sq", "tail_sq")
 # Of the mean square of the gradient: what is below may be rounding, not to be brought to one.
 _NOISE = 1e-8
+# Of the tail: what is divided by it stays in the range of float32.
+_SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +76,13 @@ class TwoSidedBasis:
     update_rms: float | None = option(
         0.2,
         "root mean square of every group's direction, AdamW's by rule of thumb (none: as it comes)",
+        low=0,
+        low_open=True,
+    )
+    tail_ratio: float | None = option(
+        1.5,
+        "size of the directions outside of the bases, at most, of that of those inside of both "
+        "(none: each weight as in Adam)",
         low=0,
         low_open=True,
     )
@@ -123,12 +137,30 @@ class TwoSidedBasis:
         for name, part in zip(_SQUARES, parts, strict=True):
             _scale_(part, state[name], floor, eps)
         core, out, into, direction = parts
+        share = self._share_of_tail(core, direction)
         out.baddbmm_(core, in_basis.mT)
+        # In units of the tail's share: what is thin is divided, and the whole multiplied at last.
+        out, into = out / share, into / share
         direction.baddbmm_(*_side_by_side(out_basis, out, into, in_basis))
         if self.update_rms is None:
-            return direction.mul_(correction)
+            return direction.mul_(share * correction)
         norm = group_squares(direction).sqrt()[:, None, None]
         return direction.mul_(self.update_rms * direction[0].numel() ** 0.5 / nonzero(norm))
+
+    def _share_of_tail(self, core: Tensor, tail: Tensor) -> Tensor:
+        """What the tail is multiplied by, in (0, 1], ``[G, 1, 1]``.
+
+        Never enlarged: a tail of rounding alone stays one.
+        """
+        if self.tail_ratio is None:
+            return core.new_ones(())
+        inside = min(core.shape[-2:])
+        outside = max(1, min(tail.shape[-2:]) - inside)
+        squares = group_squares(core) / inside, group_squares(tail) / outside
+        ratio = self.tail_ratio * (squares[0] / nonzero(squares[1])).sqrt()
+        # Nothing inside leaves the tail as it is.
+        ratio = torch.where((squares[0] > 0) & (squares[1] > 0), ratio, torch.ones_like(ratio))
+        return ratio.clamp(_SMALLEST_SHARE, 1.0)[:, None, None]
 
     # -- another rank --
 

@@ -28,6 +28,8 @@ class TwoSidedBasisReference:
 
     Args:
         update_rms: root mean square of the direction; ``None``: as it comes.
+        tail_ratio: root mean square of the singular values outside, at most, of that of those
+            inside of both bases.
     """
 
     out_basis: Tensor  # P
@@ -36,6 +38,7 @@ class TwoSidedBasisReference:
     beta2: float
     eps: float
     update_rms: float | None
+    tail_ratio: float | None
     step: int = 0
     squares: list[Tensor | float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
 
@@ -66,6 +69,13 @@ class TwoSidedBasisReference:
             for part, square in zip(self._parts(x), unbiased, strict=True)
         )
         p, q = self.out_basis, self.in_basis
+        if self.tail_ratio is not None and core.any() and tail.any():
+            known = min(core.shape)
+            mean_inside = (torch.linalg.svdvals(core).square().sum() / known).sqrt()
+            rest = max(1, min(x.shape) - known)
+            mean_outside = (torch.linalg.svdvals(tail).square().sum() / rest).sqrt()
+            share = float(self.tail_ratio * mean_inside / mean_outside)
+            tail = min(1.0, max(1e-6, share)) * tail
         direction = p @ core @ q.T + p @ out + into @ q.T + tail
         if self.update_rms is None or not direction.any():
             return direction
@@ -117,6 +127,7 @@ def _build(options: Options, shape: tuple[int, int]) -> TwoSidedBasisReference:
         beta2=options["betas"][1],
         eps=options["eps"],
         update_rms=options["update_rms"],
+        tail_ratio=options["tail_ratio"],
     )
 
 
@@ -133,6 +144,9 @@ ROWS: dict[str, ReferenceRow] = {
             "unscaled": {"update_rms": None},
             "unscaled_with_graft": {"update_rms": None, "graft": "adam"},
             "short_steps": {"update_rms": 0.01},
+            "whole_tail": {"tail_ratio": None},
+            "short_tail": {"tail_ratio": 0.1},
+            "unscaled_with_short_tail": {"update_rms": None, "tail_ratio": 0.1},
             "betas": {"betas": (0.5, 0.7)},
             "large_eps": {"eps": 0.1},
             "another_seed": {"seed": 5},

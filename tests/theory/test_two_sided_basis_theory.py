@@ -30,7 +30,9 @@ def directions(grads: Tensor, out_basis: Tensor, in_basis: Tensor, interval: int
     """Directions [T, m, b] from bases of the test's own, unscaled."""
     rank = max(out_basis.shape[1], in_basis.shape[1])
     driver = Driver(
-        TwoSidedBasis(rank=rank, update_interval=interval, update_rms=None, beta2=BETA2)
+        TwoSidedBasis(
+            rank=rank, update_interval=interval, update_rms=None, tail_ratio=None, beta2=BETA2
+        )
     )
     driver.state = driver.algorithm.init(
         (1, *grads.shape[1:]), dtype=torch.float64, device=torch.device("cpu")
@@ -119,6 +121,27 @@ def test_rounding_outside_of_the_gradients_is_not_brought_to_one(scale: float) -
         direction = driver.step((left @ core @ right.T).float().unsqueeze(0))[0].double()
     outside = direction - left @ (left.T @ direction @ right) @ right.T
     assert outside.norm() < 0.05 * direction.norm()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high"), [(1.0, 0.75, 1.0), (0.3, 0.22, 0.3), (None, 3.0, 7.0)]
+)
+def test_directions_outside_of_the_bases_are_no_larger_than_those_inside(
+    ratio: float | None, low: float, high: float
+) -> None:
+    """Noise on top of a signal of rank two: root mean squares of either part's singular values."""
+    sides = random_rotation(40, seed=1)[:, :2], random_rotation(60, seed=2)[:, :2]
+    signal = 30 * sides[0] @ sides[1].T
+    driver = Driver(TwoSidedBasis(rank=2, tail_ratio=ratio, beta2=BETA2))
+    for noise in random_matrices(STEPS, 1, 40, 60):
+        direction = driver.step(signal + noise)[0]
+    out_basis, in_basis = (driver.state[name][0] for name in ("out_basis", "in_basis"))
+    inside = out_basis.T @ direction @ in_basis
+    outside = direction - out_basis @ (out_basis.T @ direction)
+    outside = outside - outside @ in_basis @ in_basis.T
+    sizes = [(x.square().sum() / count) ** 0.5 for x, count in ((inside, 2), (outside, 38))]
+    # Divided weight by weight, the tail has a little of what lies inside.
+    assert low < float(sizes[1] / sizes[0]) <= high
 
 
 @pytest.mark.parametrize("size", [0.2, 0.01])
