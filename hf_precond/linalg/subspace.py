@@ -177,8 +177,8 @@ def singular_iteration(x_NB: Tensor, left: Tensor, right: Tensor) -> tuple[Tenso
     if (left.shape[-1], left.shape[-2]) < (right.shape[-1], right.shape[-2]):
         right, left = singular_iteration(x_NB.mT, right, left)
         return left, right
-    more = left.shape[-1] - right.shape[-1]
-    left, moved = _towards(F.pad(times_thin(x_NB, right), (0, more)), left)
+    seen, more = times_thin(x_NB, right), left.shape[-1] - right.shape[-1]
+    left, moved = _towards(F.pad(seen, (0, more)) if more else seen, left)
     across = times_thin(x_NB.mT, left[..., : right.shape[-1]])
     return left, torch.where(moved, _towards(across, right)[0], right)
 

@@ -294,7 +294,7 @@ INFOS = (
             "Bases P [m, k] and Q [n, k] follow the momentum's leading left and right "
             "directions. Its parts P^T M Q, P^T M and M Q outside of the other basis, and the "
             "rest, are each divided by the root of their own moving mean square, and put "
-            "together again, the rest made no larger than the others."
+            "together again, the rest made not much larger than the first."
         ),
         paper="of this project, after Yen et al. 2023 (shared bases) and Vyas et al. 2024 (SOAP)",
     ),
