@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from trainer_ext.config_file import check_keys, read_yaml_mapping, to_arguments
 from trainer_ext.provenance import git_revision, hardware, package_versions
@@ -68,31 +69,47 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing; returns the number of failed runs as the exit status."""
+    """Runs what is missing; returns 1 where a run failed, 2 where nothing could be run."""
     args = parse_arguments(argv)
     try:
         script, config = read_sweep(args.config)
         runs = select(expand(config, parse_overrides(args.set)), args.only)
         results = args.results or Path("results") / f"{args.config.stem}.jsonl"
+        folder = args.work_dir / args.config.stem
+        lock = None if args.dry_run else alone_in(folder)
         done = finished_keys(results)
     except ValueError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         return 2
     waiting = [run for run in runs if run.key not in done]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them in {results}")
-    if args.dry_run:
+    if lock is None:
         print(*(label(run, config) for run in waiting), sep="\n")
         return 0
+    try:
+        return run_all(waiting, config, script, results, folder, jobs=args.jobs)
+    finally:
+        lock.release()
+
+
+def run_all(
+    runs: Sequence[Run],
+    config: Mapping[str, Mapping[str, Any]],
+    script: str,
+    results: Path,
+    folder: Path,
+    *,
+    jobs: int,
+) -> int:
+    """Runs and appends to the results file; returns 1 where a run failed, 0 otherwise."""
     failures = 0
-    with cancelled_at_exit(ThreadPoolExecutor(args.jobs)) as pool:
-        folder = args.work_dir / args.config.stem
+    with cancelled_at_exit(ThreadPoolExecutor(jobs)) as pool:
         futures = {
-            pool.submit(execute, run, folder / run.key, script, jobs=args.jobs): run
-            for run in waiting
+            pool.submit(execute, run, folder / run.key, script, jobs=jobs): run for run in runs
         }
         for number, future in enumerate(as_completed(futures), start=1):
             result = future.result()
-            print(f"[{number}/{len(waiting)}] {label(futures[future], config)}: ", end="")
+            print(f"[{number}/{len(runs)}] {label(futures[future], config)}: ", end="")
             if isinstance(result, str):
                 failures += 1
                 print(result, flush=True)
@@ -101,6 +118,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             loss, wall_time_s = result["metrics"].get("eval_loss"), result["wall_time_s"]
             print(f"eval_loss {loss}, {wall_time_s:.0f} s", flush=True)
     return min(failures, 1)
+
+
+def alone_in(folder: Path) -> FileLock:
+    """Lets one sweep at a time into the folder of the runs: two would empty each other's.
+
+    Raises:
+        ValueError: another sweep works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another sweep works in {str(folder)!r}: wait for it, or give another --work_dir"
+        ) from None
+    return lock
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

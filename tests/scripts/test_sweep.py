@@ -214,6 +214,20 @@ def _write_config(path: Path, text: Path, cache: Path) -> None:
     path.write_text(json.dumps({"base": base, "grid": {"seed": [0]}, "variants": variants}))
 
 
+def test_a_second_sweep_of_the_same_folder_is_refused(
+    sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, results = tmp_path / "sweep.yaml", tmp_path / "results.jsonl"
+    _write_config(config, tmp_path / "text.txt", tmp_path / "tokenizers")
+    argv = [str(config), "--results", str(results), "--work_dir", str(tmp_path / "work")]
+    first = sweep.alone_in(tmp_path / "work" / "sweep")
+    assert sweep.main(argv) == 2
+    assert "another sweep works in" in capsys.readouterr().err
+    assert sweep.main([*argv, "--dry_run"]) == 0
+    first.release()
+    sweep.alone_in(tmp_path / "work" / "sweep").release()
+
+
 @pytest.mark.slow
 def test_sweep_records_runs_reports_failures_and_resumes(
     sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
