@@ -97,7 +97,7 @@ def _ranks(optimizer: PreconditionedOptimizer) -> dict[int, set[int]]:
         if item.place.role == MAIN and item.rank:
             found[item.param].add(item.rank)
         elif item.place.role == MAIN and effective_rank is not None:
-            found[item.param].add(effective_rank(item.view.shape[2]))
+            found[item.param].add(effective_rank(item.view.shape))
     return found
 
 

@@ -35,8 +35,8 @@ from hf_precond.views.plan import Key, Slot
 
 logger = logging.getLogger(__name__)
 
-# Few enough that layers of one shape still stack; more columns than the last bring but time.
-RUNGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# 1, 2, 3, 4, 6, 8, 12, ... 768, 1024: few enough that layers of one shape still stack.
+RUNGS = (1, *(columns << doublings for doublings in range(9) for columns in (2, 3)), 1024)
 # What is less than this part of the mean is rounding.
 _LEAST_SHARE = 1e-8
 # So many times as much must columns be worth elsewhere.

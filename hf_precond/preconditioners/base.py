@@ -301,8 +301,8 @@ class RankAdaptive(Protocol):
     """
 
     @property
-    def rank(self) -> int:
-        """Columns of a basis."""
+    def rank(self) -> int | None:
+        """Columns of a basis; None: chosen by the view's shape."""
         ...
 
     def max_rank(self, shape: Shape) -> int:

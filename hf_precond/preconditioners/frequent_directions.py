@@ -41,8 +41,8 @@ class FrequentDirections:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def effective_rank(self, block_size: int) -> int:
-        """The sketch is of the whole group: its rank does not depend on the block."""
+    def effective_rank(self, shape: Shape) -> int:
+        """The sketch is of the whole group: its rank does not depend on the view."""
         return self.rank
 
     def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.randomized import leading_eigenpairs
-from hf_precond.preconditioners.base import OptimizerInfo, State, StepContext, option
+from hf_precond.preconditioners.base import OptimizerInfo, Shape, State, StepContext, option
 from hf_precond.preconditioners.kfac import ROW_DEFAULTS
 from hf_precond.preconditioners.kronecker import Kronecker, widened
 from hf_precond.preconditioners.schedule import Schedule
@@ -62,9 +62,9 @@ class RandomizedKFac(Kronecker):
     def _adapts(self) -> bool:
         return self.adaptive_rank or self.authors_code
 
-    def effective_rank(self, size: int) -> int:
-        """Rank of a factor of a size, for the explanation table."""
-        return min(size, self._rank_ceiling)
+    def effective_rank(self, shape: Shape) -> int:
+        """Rank of the inputs' factor, for the explanation table."""
+        return min(shape[2], self._rank_ceiling)
 
     @property
     def _rank_ceiling(self) -> int:

@@ -164,8 +164,11 @@ class SharedBasis:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def effective_rank(self, block_size: int) -> int:
-        """Rank used for blocks of size b: k <= b and m k^2 <= max_rank_ratio * m b."""
+    def effective_rank(self, shape: Shape) -> int:
+        """Rank used for a view: k <= b and m k^2 <= max_rank_ratio * m b."""
+        return self._rank(shape[2])
+
+    def _rank(self, block_size: int) -> int:
         cap = isqrt(int(min(self.max_rank_ratio * block_size, block_size**2)))
         return max(1, min(self.rank, block_size, cap))
 
@@ -176,7 +179,7 @@ class SharedBasis:
 
     def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
         groups, blocks, size = shape
-        rank = self.effective_rank(size)
+        rank = self._rank(size)
         width = min(rank + self.oversample, size)
         entries = (packed_size(rank),) if self.packed else (rank, rank)
         basis = random_basis(size, width, seed=self.seed, dtype=dtype, device=device)
@@ -196,7 +199,7 @@ class SharedBasis:
 
     def update_in_rounds(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Rounds:
         """The update where other ranks may have more blocks of the same groups."""
-        rank = self.effective_rank(g_GMB.shape[-1])
+        rank = self._rank(g_GMB.shape[-1])
         new, squares = State(), NewState()
         spectrum: Eigen | None = None
         changed = True
@@ -214,7 +217,7 @@ class SharedBasis:
         return {**new, **squares}
 
     def apply(self, state: State, g_GMB: Tensor, ctx: StepContext) -> Tensor:
-        rank = self.effective_rank(g_GMB.shape[-1])
+        rank = self._rank(g_GMB.shape[-1])
         basis = state["basis"][..., :rank]
         inside = g_GMB @ basis
         projected = matvec(self._load(state["root"], rank), inside)
@@ -229,7 +232,7 @@ class SharedBasis:
     def health(self, state: State) -> dict[str, Tensor]:
         """Share of the second moments' trace outside the shared basis, per group ``[G]``."""
         size = state["basis"].shape[-2]
-        rank = self.effective_rank(size)
+        rank = self._rank(size)
         coef = self._load(state["coef"], rank)
         inside = trace(coef).sum(-1)
         outside = state["escaped_mass"].sum(-1) * size
@@ -241,11 +244,11 @@ class SharedBasis:
     # -- another rank -----------------------------------------------------------------------------
 
     def max_rank(self, shape: Shape) -> int:
-        return replace(self, rank=shape[2]).effective_rank(shape[2])
+        return replace(self, rank=shape[2]).effective_rank(shape)
 
     def sums_for_ranks(self, state: State, moment: Tensor | None) -> list[Tensor]:
         basis, size = state["basis"], state["basis"].shape[-2]
-        rank = self.effective_rank(size)
+        rank = self._rank(size)
         coef = self._load(state["coef"], rank).sum(1)
         if moment is None:
             return [coef, coef, trace(coef) + state["escaped_mass"].sum(1) * (size - rank)]
@@ -272,7 +275,7 @@ class SharedBasis:
         its part outside of the smaller basis goes to the escaped mass: with ``escaped_norm="mean"``
         the trace stays, else a bound of its norm is added."""
         size = state["basis"].shape[-2]
-        old, new = self.effective_rank(size), replace(self, rank=rank).effective_rank(size)
+        old, new = self._rank(size), replace(self, rank=rank)._rank(size)
         width = min(new + self.oversample, size)
         if new == old:
             return dict(state)

@@ -70,9 +70,9 @@ class Sketchy:
         """Tiles of ``block_size``."""
         return Placement(tile=(self.block_size, self.block_size))
 
-    def effective_rank(self, block_size: int) -> int:
+    def effective_rank(self, shape: Shape) -> int:
         """Rank of the right side's sketch."""
-        return min(self.rank, block_size, self.block_size)
+        return min(self.rank, shape[2], self.block_size)
 
     def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
         groups, *sizes = shape

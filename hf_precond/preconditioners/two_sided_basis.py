@@ -15,9 +15,12 @@ matrix's sides and soon outweigh C, whose directions have about one each. So E i
 ``tail_ratio`` times the size of C, both as root mean squares over singular values: as in Muon, no
 direction counts for much more than another.
 
-    P    out_basis [G, M, L]        Q    in_basis [G, B, K]      L = min(rank, M), K = min(rank, B)
+    P    out_basis [G, M, L]        Q    in_basis [G, B, K]      L = min(k, M), K = min(k, B)
     C^2  core_sq   [G, L, K]        O^2  out_sq   [G, L, B]
     I^2  in_sq     [G, M, K]        E^2  tail_sq  [G, M, B]
+
+k is ``rank``, or a quarter of the smaller side and no less than 32: what is worth a direction of
+its own grows with the width (docs/two_sided_basis.md).
 
 The bases follow the singular vectors of what is to be preconditioned, with momentum before the
 preconditioner (``momentum_site="gradient"``) the averaged gradient M: one step of orthogonal
@@ -59,6 +62,9 @@ from hf_precond.preconditioners.shared_moments import nonzero
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 _SQUARES = ("core_sq", "out_sq", "in_sq", "tail_sq")
+# Where no rank is given: this part of the smaller side, and no less than that many columns.
+_PART_OF_SIDE = 4
+_LEAST_RANK = 32
 # Of the mean square of the gradient: what is below may be rounding, not to be brought to one.
 _NOISE = 1e-8
 # Of the tail: what is divided by it stays in the range of float32.
@@ -71,7 +77,13 @@ class TwoSidedBasis:
 
     exact_state: ClassVar[tuple[str, ...]] = ("in_basis", "out_basis")
 
-    rank: int = option(32, "columns of each basis, at most those of its side", low=1, word="auto")
+    rank: int | None = option(
+        None,
+        "columns of each basis, at most those of its side (none: a quarter of each matrix's "
+        "smaller side, and no less than 32)",
+        low=1,
+        word="auto",
+    )
     update_interval: int = option(1, "steps between updates of the bases", low=1)
     update_rms: float | None = option(
         0.2,
@@ -101,7 +113,7 @@ class TwoSidedBasis:
 
     def init(self, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> State:
         groups, rows, columns = shape
-        out, into = min(self.rank, rows), min(self.rank, columns)
+        out, into = (min(self.effective_rank(shape), side) for side in (rows, columns))
         state: State = {}
         sides = ("out_basis", rows, out, self.seed), ("in_basis", columns, into, self.seed + 1)
         for name, size, rank, seed in sides:
@@ -161,6 +173,12 @@ class TwoSidedBasis:
         # Nothing inside leaves the tail as it is.
         ratio = torch.where((squares[0] > 0) & (squares[1] > 0), ratio, torch.ones_like(ratio))
         return ratio.clamp(_SMALLEST_SHARE, 1.0)[:, None, None]
+
+    def effective_rank(self, shape: Shape) -> int:
+        """Columns of the bases of a view; a side with fewer has all of its own."""
+        smaller, larger = sorted(shape[1:])
+        rank = self.rank or max(_LEAST_RANK, smaller // _PART_OF_SIDE)
+        return min(rank, larger)
 
     # -- another rank --
 

@@ -170,8 +170,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
         for row in list_optimizers()
         for option, value in BAD_VALUES
         if option in option_specs(row)
-        # A schedule may be written as text.
+        # A schedule may be written as text, and where none is allowed it is no bad value.
         and not (option_specs(row)[option].type is Schedule and value in ("32", 2.0))
+        and not (option_specs(row)[option].optional and value is None)
     ],
     ids=str,
 )

@@ -110,7 +110,7 @@ class Tracker:
             yield total
 
     def _snapshot(self) -> Snapshot:
-        rank = self.algorithm.effective_rank(self.state["basis"].shape[-2])
+        rank = self.algorithm.effective_rank((1, 1, self.state["basis"].shape[-2]))
         coef = self.state["coef"].double()
         return Snapshot(
             basis=self.state["basis"][..., :rank].double().clone(),

@@ -97,7 +97,7 @@ def _example_layout(name: str) -> tuple[tuple[int, int], dict[str, tuple[int, ..
 
 def _symbols(sizes: tuple[int, ...], shape: tuple[int, int]) -> list[str]:
     m, n = shape
-    known: dict[int, str] = {m: "m", n: "n", m * n: "m n", n // 8: "n/8"}
+    known: dict[int, str] = {m: "m", n: "n", m * n: "m n", m // 4: "m/4", n // 8: "n/8"}
     # The first size counts groups: heads, or blocks of a neuron.
     kept: Any = sizes[1:] if len(sizes) > 1 and sizes[0] == 1 else sizes
     return [known.get(size, str(size)) for size in kept]

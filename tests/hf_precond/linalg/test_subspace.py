@@ -120,6 +120,22 @@ def test_singular_iteration_finds_the_leading_directions_of_both_sides(
     assert torch.equal(kept[1], right)
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_singular_iteration_of_low_rank_in_float32_stays_orthonormal(
+    rank: int, sign: float
+) -> None:
+    x = torch.randn(4, 160, rank) @ torch.randn(4, rank, 200) * 1e-3
+    left, right = (
+        random_basis(size, 24, seed=0, dtype=x.dtype, device=CPU).expand(4, size, 24)
+        for size in (160, 200)
+    )
+    for scale in (1.0, sign, 1.0, sign):
+        left, right = singular_iteration(scale * x, left, right)
+        for basis in (left, right):
+            assert_orthonormal(basis, 1e-5)
+
+
 def test_singular_iteration_goes_the_way_of_an_iteration_on_the_gram_matrix() -> None:
     x = torch.randn(2, 30, 20, dtype=torch.float64)
     left, right = (orthonormal(torch.randn(2, n, 4, dtype=torch.float64)) for n in (30, 20))

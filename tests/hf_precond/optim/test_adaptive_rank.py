@@ -114,7 +114,7 @@ def test_ranks_are_rungs_up_to_what_a_view_can_have() -> None:
     assert rungs(algorithm, (1, 8, 64)) == [1, 2, 3, 4, 6, 8, 12, 16]
     assert rungs(algorithm, (1, 8, 50)) == [1, 2, 3, 4, 6, 8, 12, 14]
     assert rungs(TwoSidedBasis(), (1, 8, 50)) == [1, 2, 3, 4, 6, 8]
-    assert rungs(TwoSidedBasis(), (1, 4096, 4096))[-1] == 128
+    assert rungs(TwoSidedBasis(), (1, 4096, 4096))[-1] == 1024
 
 
 # --- what is carried over -------------------------------------------------------------------------

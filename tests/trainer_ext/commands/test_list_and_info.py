@@ -52,7 +52,7 @@ def test_state_in_terms_of_m_and_n_is_that_of_another_layer(name: str) -> None:
     tensors = state_tensors(name)
     tiny = name == "full_matrix_adagrad"
     m, n = (16, 24) if tiny else (640, 1000)
-    values = {"m": m, "n": n, "m n": m * n, "n/8": n // 8}
+    values = {"m": m, "n": n, "m n": m * n, "m/4": m // 4, "n/8": n // 8}
     counted = sum(
         torch.Size([values[s] if s in values else int(s) for s in sizes]).numel()
         for sizes in tensors.values()
