@@ -10,8 +10,8 @@ from torch import Tensor
 # Below this many matrices per thread the hand-over costs more than it saves.
 _MIN_PER_THREAD = 128
 _ORTHOGONALITY_TOLERANCE = 1e-3
-# LAPACK reports its failures; batched solvers of GPUs have returned wrong vectors without a word.
-_REPORTING_DEVICES = frozenset({"cpu"})
+# Batched solvers of GPUs have returned wrong vectors without a word, and LAPACKs for CPUs NaN.
+_RIGHT_IF_FINITE = frozenset({"cpu"})
 
 
 class DecompositionError(ArithmeticError):
@@ -29,7 +29,7 @@ def eigh(a_NN: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = _eigh_parallel(a_NN)
-        if is_orthonormal(vectors):
+        if _is_right(values) and is_orthonormal(vectors):
             return values, vectors
     except torch.linalg.LinAlgError:
         pass
@@ -53,24 +53,35 @@ def eigvalsh(a_NN: Tensor) -> Tensor:
         DecompositionError: if float64 fails too.
     """
     try:
-        return torch.linalg.eigvalsh(a_NN)
+        values = torch.linalg.eigvalsh(a_NN)
+        if _is_right(values):
+            return values
     except torch.linalg.LinAlgError:
         pass
     try:
-        return torch.linalg.eigvalsh(a_NN.double()).to(a_NN.dtype)
+        values = torch.linalg.eigvalsh(a_NN.double())
     except torch.linalg.LinAlgError as error:
         raise DecompositionError(
             f"eigvalsh of {tuple(a_NN.shape)} failed in float64: {error}"
         ) from error
+    if not _is_right(values):
+        raise DecompositionError(f"eigvalsh of {tuple(a_NN.shape)} gave values that are not finite")
+    return values.to(a_NN.dtype)
 
 
 def is_orthonormal(vectors: Tensor) -> bool:
-    """Whether columns ``[..., N, K]`` are orthonormal; not looked at where solvers report."""
-    if vectors.device.type in _REPORTING_DEVICES:
-        return True
+    """Whether a solver's columns ``[..., N, K]`` are orthonormal; where its finite ones always are,
+    whether they are finite."""
+    if vectors.device.type in _RIGHT_IF_FINITE:
+        return _is_right(vectors)
     gram = vectors.mT @ vectors
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return bool(gram.abs().max() <= _ORTHOGONALITY_TOLERANCE)
+
+
+def _is_right(found: Tensor) -> bool:
+    """Whether what a solver for CPUs has found is finite; elsewhere asking would be a host sync."""
+    return found.device.type not in _RIGHT_IF_FINITE or bool(found.sum().isfinite())
 
 
 def _eigh_parallel(a_NN: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hf_precond.linalg.eigen import DecompositionError, eigh, eigvalsh
+from hf_precond.linalg.svd import thin_svd
 
 TOLERANCE = 1e-12
+OURS = {"eigh": eigh, "eigvalsh": eigvalsh, "svd": thin_svd}
 
 
 def symmetric(*batch: int, size: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,6 +49,33 @@ def test_a_failure_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch, functi
     found = eigvalsh(a) if function == "eigvalsh" else eigh(a)[0]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("function", ["eigh", "eigvalsh", "svd"])
+def test_not_a_number_without_a_word_is_retried_in_float64(
+    monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """As a LAPACK has answered for a finite matrix of low rank, at one place in a stack."""
+    a = symmetric(2, dtype=torch.float32)
+    solver = getattr(torch.linalg, function)
+
+    def silent(x: Tensor, **options: bool) -> Tensor | tuple[Tensor, ...]:
+        found = solver(x, **options)
+        if x.dtype == torch.float32:
+            for part in (found,) if isinstance(found, Tensor) else found:
+                part[-1].fill_(torch.nan)
+        return found
+
+    decompose: Callable[[Tensor], Any] = OURS[function]
+    expected = decompose(a)
+    monkeypatch.setattr(torch.linalg, function, silent)
+    found = decompose(a)
+    for new, old in zip(_parts(found), _parts(expected), strict=True):
+        torch.testing.assert_close(new.abs(), old.abs(), rtol=1e-4, atol=1e-5)
+
+
+def _parts(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 @pytest.mark.parametrize("solve", [eigh, eigvalsh])
