@@ -8,7 +8,8 @@ bases, P for outputs and Q for inputs, cut a matrix into four parts without rest
 
 and each part has Adam's second moment in its own coordinates. So the few directions that matter are
 scaled one by one, as in SOAP, and what is left per weight, as in Adam, at the cost of thin products
-and of the memory of Adam. Bases of unit vectors leave Adam; full rank is Adam in the bases.
+and, with small bases, of the memory of Adam. Bases of unit vectors leave Adam; full rank is Adam in
+the bases.
 
 Scaled per weight, E is mostly noise of one size, whose singular values grow with the root of the
 matrix's sides and soon outweigh C, whose directions have about one each. So E is brought down to

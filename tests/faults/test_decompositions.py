@@ -267,7 +267,7 @@ def test_solvers_repeat_a_float32_failure_in_float64(call: str, solvers: Solvers
 @pytest.fixture
 def suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is treated as a device whose solvers may return wrong vectors without an error."""
-    monkeypatch.setattr(eigen, "_REPORTING_DEVICES", frozenset())
+    monkeypatch.setattr(eigen, "_RIGHT_IF_FINITE", frozenset())
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, solver: str, dtypes: Iterable[torch.dtype]) -> None:
